@@ -1,5 +1,6 @@
 """One dense start, several ways to go on from it: what both classification examples share."""
 
+import argparse
 import dataclasses
 import json
 from functools import partial
@@ -32,11 +33,29 @@ class Size:
     dense_steps: int  # turn sparse at this step at the latest
     sparse_steps: int  # after the transition, for every method
     dropout: float = 0.0
+    scored: int = 10_000  # samples of a split that an evaluation looks at, the first ones
+
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
+        """The flags of a comparison, a flag for every size among them: `--batch-size 64`."""
+        parser.add_argument("--folder", type=Path, default=Path("runs"), help="cache and results")
+        parser.add_argument("--variant", choices=["CF", "F", "C"], default="CF")
+        parser.add_argument("--pruned", choices=["drop", "zero"], default="drop")
+        parser.add_argument("--seed", type=int, default=0)
+        for field in dataclasses.fields(cls):
+            parser.add_argument("--" + field.name.replace("_", "-"), type=field.type)
+
+    def changed_by(self, args: argparse.Namespace) -> "Size":
+        """These sizes, but for those that flags gave."""
+        given = {n: x for n, x in vars(args).items() if hasattr(self, n) and x is not None}
+        return dataclasses.replace(self, **given)
 
 
 def compare(name: str, dataset: data.Dataset, size: Size, folder: Path, *, variant: str,
             pruned: str, seed: int) -> None:  # fmt: skip
-    """Trains dense until the score maps settle, then goes on in five ways; table and picture."""
+    """Trains dense until the score maps settle, then goes on in four ways; table and picture."""
+    # Three of the runs are one program with other patterns; a resumed run compiles nothing.
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     length = dataset.train.tokens.shape[1]
     batches = data.Batches(dataset.train.tokens, dataset.train.labels, size.batch_size, seed)
     model = Classifier(
@@ -53,8 +72,7 @@ def compare(name: str, dataset: data.Dataset, size: Size, folder: Path, *, varia
         "loss": loss,
         "batch": batches.batch,
         "optimizer": optax.chain(optax.clip(1.0), optax.scale_by_adam(eps=1e-6)),
-        "learning_rate": optax.linear_onecycle_schedule(size.sparse_steps, size.learning_rate),
-        "evaluate": partial(score, split=dataset.valid, batch_size=size.batch_size),
+        "evaluate": partial(score, split=dataset.valid, size=size),
     }
     every = {"eval_every": size.probe_every, "save_every": size.probe_every, "seed": seed}
     search = partial(
@@ -62,10 +80,15 @@ def compare(name: str, dataset: data.Dataset, size: Size, folder: Path, *, varia
         density=size.density,
     )  # fmt: skip
 
+    # The rate climbs and falls within the steps to come, and so starts anew at the transition.
+    cycle = lambda steps: optax.linear_onecycle_schedule(steps, size.learning_rate)
     schedule = Schedule(probe_every=size.probe_every, max_dense_steps=size.dense_steps)
     config = FitConfig(name="dense phase", steps=size.dense_steps, schedule=schedule,
                        stop_at_transition=True, **every)  # fmt: skip
-    start = fit(model, config=config, find_patterns=search, folder=folder / "start", **common)
+    start = fit(
+        model, config=config, find_patterns=search, folder=folder / "start",
+        learning_rate=cycle(size.dense_steps + size.sparse_steps), **common,
+    )  # fmt: skip
     transition, found = start.transition, start.patterns
     steps = transition["step"] + size.sparse_steps
     forced = transition["step"] >= size.dense_steps
@@ -77,8 +100,9 @@ def compare(name: str, dataset: data.Dataset, size: Size, folder: Path, *, varia
     for method, pattern in methods.items():
         config = FitConfig(name=method, steps=steps, **every)
         results[method] = fit(
-            model, config=config, start=transition, folder=folder / method.replace(" ", "-"),
-            find_patterns=None if pattern is None else lambda _, pattern=pattern: pattern, **common,
+            model, config=config, start=transition, folder=folder / method,
+            find_patterns=None if pattern is None else lambda _, pattern=pattern: pattern,
+            learning_rate=cycle(size.sparse_steps), **common,
         )  # fmt: skip
 
     rows = []
@@ -87,16 +111,20 @@ def compare(name: str, dataset: data.Dataset, size: Size, folder: Path, *, varia
         if result.patterns is not None:
             density = np.asarray(result.patterns.density())
         flops = float(4 * length**2 * size.features * density.sum() / 1e6)
-        phase = "dense" if result.patterns is None else "sparse"
+        seconds = start.step_seconds | result.step_seconds
         rows.append({
             "method": method,
-            "test accuracy": score(result.model, dataset.test, size.batch_size),
+            "test accuracy": score(result.model, dataset.test, size),
             "density per layer": " ".join(f"{d:.3f}" for d in density),
-            "attention MFLOP": flops,
-            "ms / step": 1e3 * result.step_seconds.get(phase, float("nan")),
+            "attention MFLOP": flops,  # of one sample, forward
+            "dense ms / step": 1e3 * seconds["dense"],
+            "sparse ms / step": 1e3 * seconds["sparse"] if "sparse" in seconds else None,
+            "search ms": 1e3 * start.search_seconds if result.patterns is found else None,
         })  # fmt: skip
-    majority = np.bincount(dataset.test.labels).max() / len(dataset.test.labels)
-    show(name, rows, majority, start)
+    labels = dataset.test.labels[: size.scored]
+    majority = np.bincount(labels).max() / len(labels)
+    print(f"\n{name}: always the majority class {majority:.3f}")
+    show(rows)
     figure = spion_figure(
         transition["maps"], {m: r.patterns for m, r in results.items() if r.patterns is not None},
         block=size.block,
@@ -131,23 +159,20 @@ def predict(model, tokens):
     return model(tokens).argmax(-1)
 
 
-def score(model, split, batch_size):
-    """Accuracy on a whole split."""
+def score(model, split, size):
+    """Accuracy on a split."""
+    tokens, labels = split.tokens[: size.scored], split.labels[: size.scored]
     right = [
         (np.asarray(predict(model, tokens)) == labels)[valid]
-        for tokens, labels, valid in data.evaluation_batches(
-            split.tokens, split.labels, 4 * batch_size
-        )
+        for tokens, labels, valid in data.evaluation_batches(tokens, labels, size.batch_size)
     ]
     return float(np.concatenate(right).mean())
 
 
-def show(name, rows, majority, start):
+def show(rows):
     """The table, on the terminal."""
-    print(f"\n{name}: always the majority class {majority:.3f}; dense phase "
-          f"{1e3 * start.step_seconds.get('dense', float('nan')):.1f} ms / step")  # fmt: skip
-    titles = list(rows[0])
-    text = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
-    widths = [max(len(x) for x in column) for column in zip(titles, *text, strict=True)]
-    for line in [titles, *text]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    cell = lambda x: "-" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x)
+    lines = [list(rows[0]), *([cell(x) for x in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)))

@@ -1,7 +1,7 @@
 """SPION on images as sequences of gray pixels: the comparison of listops.py on another task.
 
-    uv run python examples/image.py                       # scikit-learn's 8 x 8 digits, a minute
-    uv run python examples/image.py --data FOLDER         # CIFAR-10 gray, small model
+    uv run python examples/image.py                       # scikit-learn's 8 x 8 digits
+    uv run python examples/image.py --data FOLDER         # CIFAR-10 gray, some twenty minutes
     uv run python examples/image.py --data FOLDER --full  # sizes of the Long Range Arena
 
 FOLDER holds cifar10_gray_train.npy.xz and cifar10_gray_test.npy.xz: uint8, column 0 the class,
@@ -20,12 +20,12 @@ DIGITS = Size(
     probe_every=40, dense_steps=300, sparse_steps=200,
 )  # fmt: skip
 SMALL = Size(
-    block=32, quantile=0.96, layers=2, features=64, heads=2, batch_size=16, learning_rate=1e-3,
-    probe_every=50, dense_steps=300, sparse_steps=200,
+    block=32, quantile=0.96, layers=2, features=64, heads=2, batch_size=8, learning_rate=1e-3,
+    probe_every=100, dense_steps=300, sparse_steps=200, scored=500,
 )  # fmt: skip
 FULL = dataclasses.replace(
-    SMALL, batch_size=128, learning_rate=5e-4, probe_every=500, dense_steps=2_000,
-    sparse_steps=8_000, dropout=0.1,
+    SMALL, batch_size=128, learning_rate=1e-4, probe_every=500, dense_steps=2_000,
+    sparse_steps=8_000, dropout=0.1, scored=10_000,
 )  # fmt: skip
 
 
@@ -35,10 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, help="folder with cifar10_gray_{train,test}.npy.xz")
     parser.add_argument("--full", action="store_true", help="the Long Range Arena's sizes")
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where results go")
-    parser.add_argument("--variant", choices=["CF", "F", "C"], default="CF")
-    parser.add_argument("--pruned", choices=["drop", "zero"], default="drop")
-    parser.add_argument("--seed", type=int, default=0)
+    Size.add_flags(parser)
     args = parser.parse_args()
     if args.full and args.data is None:
         parser.error("--full needs --data FOLDER: the digits are 64 pixels")
@@ -49,6 +46,7 @@ def main() -> None:
         name, dataset = "cifar10", data.read_cifar10_gray(args.data)
         size = FULL if args.full else SMALL
     folder = args.folder / f"{name}-{args.variant}-{args.pruned}-{args.seed}"
+    size = size.changed_by(args)
     compare(name, dataset, size, folder, variant=args.variant, pruned=args.pruned, seed=args.seed)
 
 

@@ -1,6 +1,6 @@
 """SPION on ListOps: dense training, pattern search, sparse training, with controls beside it.
 
-    uv run python examples/listops.py            # about 3 minutes on two CPU cores
+    uv run python examples/listops.py            # 3 to 4 minutes on two idle CPU cores
     uv run python examples/listops.py --quick    # the same way in a minute, too short to learn
     uv run python examples/listops.py --full     # sizes of the Long Range Arena: work for a GPU
 
@@ -11,19 +11,18 @@ random blocks of SPION's density. Kill it and start it again: it goes on where i
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from comparison import Size, compare
 from sparsax import data
 
 SMALL = Size(
-    block=16, quantile=0.9, layers=2, features=64, heads=2, batch_size=32, learning_rate=2e-3,
-    probe_every=75, dense_steps=600, sparse_steps=450,
+    block=16, quantile=0.9, layers=2, features=64, heads=2, batch_size=16, learning_rate=4e-3,
+    probe_every=75, dense_steps=375, sparse_steps=250,
 )  # fmt: skip
 SMALL_DATA = data.ListOpsConfig(
-    min_length=100, max_length=256, num_train=60_000, num_valid=1_000, num_test=2_000
+    min_length=100, max_length=256, num_train=60_000, num_valid=500, num_test=2_000
 )
-QUICK = dataclasses.replace(SMALL, batch_size=16, probe_every=10, dense_steps=40, sparse_steps=20)
+QUICK = dataclasses.replace(SMALL, probe_every=10, dense_steps=40, sparse_steps=20)
 QUICK_DATA = dataclasses.replace(SMALL_DATA, num_train=2_000, num_valid=200, num_test=200)
 FULL = Size(
     block=64, quantile=0.98, layers=4, features=64, heads=2, batch_size=256, learning_rate=7e-4,
@@ -37,26 +36,19 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a minute: shows that it runs")
     parser.add_argument("--full", action="store_true", help="the Long Range Arena's sizes")
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="data cache and results")
-    parser.add_argument("--variant", choices=["CF", "F", "C"], default="CF")
-    parser.add_argument("--pruned", choices=["drop", "zero"], default="drop")
-    parser.add_argument("--seed", type=int, default=0)
-    for field in dataclasses.fields(Size):  # every size can be set by hand
-        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type)
+    Size.add_flags(parser)
     args = parser.parse_args()
 
     name = "quick" if args.quick else "full" if args.full else "small"
-    size = {"quick": QUICK, "full": FULL, "small": SMALL}[name]
-    given = {k: v for k, v in vars(args).items() if hasattr(size, k) and v is not None}
+    size = {"quick": QUICK, "full": FULL, "small": SMALL}[name].changed_by(args)
     config = {"quick": QUICK_DATA, "full": data.ListOpsConfig(), "small": SMALL_DATA}[name]
     dataset = data.load_listops(config, args.folder / "cache")
     if args.full:
         dataset = dataset.padded(2048)
     folder = args.folder / f"listops-{name}-{args.variant}-{args.pruned}-{args.seed}"
     compare(
-        "ListOps", dataset, dataclasses.replace(size, **given), folder,
-        variant=args.variant, pruned=args.pruned, seed=args.seed,
-    )  # fmt: skip
+        "ListOps", dataset, size, folder, variant=args.variant, pruned=args.pruned, seed=args.seed
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsax import checks, reference, xla
+from sparsax import checks, pallas, reference, xla
 from sparsax.layouts import BlockPattern
 from sparsax.typing import Implementation, Key, LogSumExp, Pruned, Query, Value, Window, is_concrete
 
@@ -72,9 +72,10 @@ def block_sparse_attention(
             logit is minus infinity). "zero": logit 0, SPION's semantics, which adds one
             `exp(0)` to the denominator for every key that the pattern took away; keys that are
             padding, of another segment, or behind the causal mask never count.
-        implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper), or
-            None for what `default_implementation` names. A name runs or raises: nothing falls
-            back.
+        implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs;
+            bfloat16 or float16, head features 32, 64, 96, 128 or 256, pattern blocks of 32, 64 or
+            128), or None for what `default_implementation` names. A name runs or raises: nothing
+            falls back.
         return_lse: also return the log of the softmax's denominator.
 
     Returns:
@@ -103,7 +104,9 @@ def block_sparse_attention(
     checks.pattern_fits(pattern, q, k)
     checks.window(window)
     checks.one_of("pruned", pruned, ("drop", "zero"))
-    chosen = checks.implementation(implementation, default_implementation())
+    chosen = checks.implementation(implementation, default_implementation(q, pattern))
+    if chosen == "pallas":
+        checks.kernel_runs(pallas.refusal(q, pattern.block_q, pattern.block_kv))
     q_ids, kv_ids = _segments(q, k, segment_ids, key_mask)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
 
@@ -124,8 +127,9 @@ def block_sparse_attention(
                 window=window,
             )  # fmt: skip
             log_pruned = jnp.log(counts).repeat(q.shape[2] // pattern.num_heads, axis=1)
-        call = _Call(chosen, pattern.block_q, pattern.block_kv, scale, causal, window)
-        q, k, v = _vary_alike(q, k, v, pattern, q_ids, kv_ids)
+        interpret = pallas.interpret() if chosen == "pallas" else None
+        call = _Call(chosen, pattern.block_q, pattern.block_kv, scale, causal, window, interpret)
+        q, k, v = xla.vary_alike((q, k, v), *jax.tree.leaves((pattern, q_ids, kv_ids)))
         o, lse = _attend(call, q, k, v, pattern, q_ids, kv_ids, log_pruned)
         lse = lse.swapaxes(1, 2)
     return (o, lse) if return_lse else o
@@ -165,7 +169,9 @@ def score_map(
         ValueError: shapes, dtypes or a name are wrong.
     """
     checks.attention_inputs(q, k, k)
-    chosen = checks.implementation(implementation, default_implementation())
+    chosen = checks.implementation(implementation, "xla")
+    if chosen == "pallas":
+        checks.kernel_runs("has no kernel of the score map")
     q_ids, kv_ids = _segments(q, k, segment_ids, key_mask)
     if key_mask is not None and q_ids is not None and q.shape[1] == k.shape[1]:
         q_ids = jnp.where(key_mask, q_ids, -2)  # matches nothing: the row of a padded query is 0
@@ -175,15 +181,21 @@ def score_map(
     return run(q, k, q_ids, kv_ids, scale=scale, causal=causal, per_head=per_head)
 
 
-def default_implementation() -> Implementation:
-    """The implementation that `implementation=None` runs here.
+def default_implementation(q: Query, pattern: BlockPattern) -> Implementation:
+    """The implementation that `implementation=None` runs for these queries and this pattern.
+
+    "pallas" on a Hopper GPU for the dtypes, head features and blocks that its kernels cover, else
+    "xla". It follows from shapes and from the machine alone, never from values.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> import sparsax
-        >>> sparsax.default_implementation()
+        >>> q = jnp.zeros((1, 256, 4, 64), jnp.bfloat16)
+        >>> sparsax.default_implementation(q, sparsax.patterns.causal(256, block=64))
         'xla'
     """
-    return "xla"
+    refused = pallas.refusal(q, pattern.block_q, pattern.block_kv)
+    return "pallas" if refused is None else "xla"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,14 +208,16 @@ class _Call:
     scale: float
     causal: bool
     window: Window | None
+    interpret: typing.Any  # of the kernels; None on hardware
 
     @property
     def module(self):
-        return {"xla": xla}[self.implementation]
+        return {"xla": xla, "pallas": pallas}[self.implementation]
 
     @property
     def static(self):
-        names = ("block_q", "block_kv", "scale", "causal", "window")
+        names = ["block_q", "block_kv", "scale", "causal", "window"]
+        names += ["interpret"] if self.implementation == "pallas" else []
         return {name: getattr(self, name) for name in names}
 
 
@@ -253,16 +267,6 @@ def _segments(q, k, segment_ids, key_mask):
         q_ids, kv_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,) * 2
     kv_ids = kv_ids if key_mask is None else jnp.where(key_mask, kv_ids, -1)
     return q_ids.astype(jnp.int32), kv_ids.astype(jnp.int32)
-
-
-def _vary_alike(q, k, v, *others):
-    """q, k, v varying over the same mesh axes inside `jax.shard_map`; elsewhere as they are.
-
-    Keys that are replicated while queries are sharded by head get the sum of their gradients from
-    the transpose of this promotion. The condition is a constant, so that XLA removes the choice.
-    """
-    always = xla.varying_zero(q, k, v, *jax.tree.leaves(others)) == 0
-    return tuple(jnp.where(always, x, x) for x in (q, k, v))
 
 
 def _mark_overflow(pattern: BlockPattern) -> BlockPattern:

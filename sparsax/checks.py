@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsax.compound import CompoundPattern
 from sparsax.layouts import BlockPattern
+from sparsax.lowrank import CommonFactors, TiledFactors
 from sparsax.typing import Implementation, known
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
@@ -24,12 +26,15 @@ def implementation(name: Implementation | None, default: Implementation) -> Impl
     if name is None:
         return default
     one_of("implementation", name, (None, *IMPLEMENTATIONS))
-    if name == "pallas":
-        raise NotImplementedError(
-            "implementation='pallas' has no kernel for this operation yet; "
-            "implementation='xla' runs it on every device."
-        )
     return name
+
+
+def kernel_runs(refusal: str | None) -> None:
+    """Refuses implementation='pallas' for what its kernels cannot do, naming what can."""
+    if refusal is not None:
+        raise NotImplementedError(
+            f"implementation='pallas' {refusal}. implementation='xla' runs this on every device."
+        )
 
 
 def attention_inputs(q, k, v) -> None:
@@ -90,10 +95,70 @@ def pattern_fits(pattern: BlockPattern, q, k) -> None:
         )
 
 
+def compound_fits(pattern: CompoundPattern, q, k) -> None:
+    """Refuses a compound pattern for another length, batch or heads, or that is not usable."""
+    if not isinstance(pattern, CompoundPattern):
+        raise ValueError(
+            "pattern must be a sparsax.CompoundPattern (see sparsax.patterns.compound, or "
+            f"CompoundPattern.from_parts(T, blocks=...)); got {type(pattern).__name__}."
+        )
+    if pattern.num_rows.ndim != 1 or pattern.num_columns.ndim != 1:
+        raise ValueError(
+            "pattern must be single, with rows [B, R]; got a stacked one of shape "
+            f"{tuple(pattern.rows.shape)}. Scan over it."
+        )
+    if not pattern.seq_len == q.shape[1] == k.shape[1]:
+        raise ValueError(
+            f"pattern is for seq_len={pattern.seq_len}; got q of length {q.shape[1]} and k of "
+            f"length {k.shape[1]}."
+        )
+    masks = [] if pattern.token_mask is None else [pattern.token_mask]
+    batches = {len(x) for x in (pattern.columns, pattern.rows, *masks)}
+    if not batches <= {1, q.shape[0]}:
+        raise ValueError(
+            f"the pattern's batch must be 1 or that of q, B={q.shape[0]}; got {sorted(batches)}."
+        )
+    heads = {x.num_heads for x in (pattern.blocks, pattern.elements) if x is not None}
+    kv_heads, most = k.shape[2], pattern.num_heads
+    if not heads <= {1, most} or q.shape[2] % most or (most % kv_heads and kv_heads % most):
+        raise ValueError(
+            f"heads P of blocks and elements must be 1, K={kv_heads} or N={q.shape[2]} (or divide "
+            f"them evenly) and agree; got {sorted(heads)}."
+        )
+    if known(lambda *_: pattern.valid(), *jax.tree.leaves(pattern)) is False:
+        raise ValueError(
+            "pattern is not valid: positions were outside the sequence, or a count outside its "
+            "capacity, under jit (see CompoundPattern.valid())."
+        )
+
+
+def global_projections(projected, pattern: CompoundPattern, q, k) -> None:
+    """Refuses q_global, k_global, v_global that are not given together or do not fit."""
+    names = "q_global [B, R, N, H], k_global and v_global [B, T, K, H]"
+    if all(x is None for x in projected):
+        return
+    if any(x is None for x in projected):
+        raise ValueError(
+            f"{names} must be given together; got "
+            f"{[None if x is None else tuple(x.shape) for x in projected]}."
+        )
+    want = [(q.shape[0], pattern.rows.shape[-1], *q.shape[2:]), k.shape, k.shape]
+    got = [tuple(x.shape) for x in projected]
+    if got != [tuple(x) for x in want]:
+        raise ValueError(
+            f"{names} must have shapes {[tuple(x) for x in want]}; got {got}. q_global is a "
+            "projection of pattern.take_rows(x)."
+        )
+    if any(x.dtype != q.dtype for x in projected):
+        raise ValueError(
+            f"{names} must have q's dtype {q.dtype}; got {[str(x.dtype) for x in projected]}."
+        )
+
+
 def window(value) -> None:
     """Refuses a window that is not a pair of non-negative ints or Nones."""
     good = isinstance(value, tuple) and len(value) == 2
-    good = good and all(x is None or (isinstance(x, int) and x >= 0) for x in value)
+    good = good and all(x is None or (type(x) is int and x >= 0) for x in value)
     if value is not None and not good:
         raise ValueError(
             f"window must be (left, right) with non-negative ints or None; got {value!r}."
@@ -120,4 +185,38 @@ def segments(q, k, segment_ids, key_mask) -> None:
         raise ValueError(
             f"key_mask must be boolean [B, S]={tuple(k.shape[:2])}, False where padding; "
             f"got {key_mask.dtype} {tuple(key_mask.shape)}."
+        )
+
+
+def linear_inputs(x, factors, kind: type[TiledFactors] | type[CommonFactors], bias) -> None:
+    """Refuses x, factors and bias that do not belong together."""
+    if not isinstance(factors, kind):
+        made_by = "tsvd" if kind is TiledFactors else "tsvd_common"
+        raise ValueError(
+            f"factors must be sparsax.{kind.__name__}, from sparsax.{made_by}; "
+            f"got {type(factors).__name__}."
+        )
+    ranks = {leaf.ndim for leaf in jax.tree.leaves(factors)}
+    if ranks != ({4} if kind is TiledFactors else {2, 3}):
+        shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(factors)]
+        raise ValueError(
+            f"factors must be those of one matrix; got stacked ones of shapes {shapes}. "
+            "Scan or vmap over them."
+        )
+    if x.ndim < 1 or x.shape[-1] != factors.in_features:
+        raise ValueError(
+            f"x must end in the factors' D={factors.in_features} input features; "
+            f"got {tuple(x.shape)}."
+        )
+    dtypes = {str(array.dtype) for array in (x, *jax.tree.leaves(factors))}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise ValueError(
+            f"x and factors must share one dtype of {DTYPES}; got {x.dtype} and "
+            f"{', '.join(str(leaf.dtype) for leaf in jax.tree.leaves(factors))}. "
+            "Cast with factors.astype(x.dtype)."
+        )
+    if bias is not None and bias.shape != (factors.out_features,):
+        raise ValueError(
+            f"bias must have the factors' F={factors.out_features} output features; "
+            f"got {tuple(bias.shape)}."
         )

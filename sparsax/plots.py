@@ -3,8 +3,12 @@
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
+from sparsax.compound import CompoundPattern
 from sparsax.layouts import BlockPattern
 from sparsax.patterns import spion
 from sparsax.typing import ScoreMap
@@ -44,4 +48,32 @@ def spion_figure(
             axis.set(xticks=[], yticks=[])
             if layer == 0:
                 axis.set_title(title, fontsize=9)
+    return figure
+
+
+def slice_figure(pattern: CompoundPattern, *, sample: int = 0, head: int = 0) -> Figure:
+    """The pairs of a compound pattern, coloured by the part that computes them.
+
+    Args:
+        pattern: a single pattern; dense arrays of `[T, T]` are made.
+        sample: sample to show.
+        head: pattern head to show.
+
+    Returns:
+        The figure; save it with `figure.savefig(path)`.
+    """
+    owner = np.zeros((pattern.seq_len, pattern.seq_len), int)
+    masks = pattern.part_masks()
+    for number, mask in reversed(list(enumerate(masks.values(), start=1))):
+        samples, heads = mask.shape[:2]  # 1 where all share it
+        owner[np.asarray(mask[min(sample, samples - 1), min(head, heads - 1)])] = number
+    colors = ["white", *colormaps["tab10"].colors[: len(masks)]]  # pyright: ignore
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axis = figure.subplots()
+    bounds = BoundaryNorm(np.arange(len(colors) + 1) - 0.5, len(colors))
+    axis.imshow(owner, cmap=ListedColormap(colors), norm=bounds, interpolation="nearest")
+    axis.set(xlabel="key", ylabel="query")
+    shares = [f"{name} {(owner == i).mean():.3f}" for i, name in enumerate(masks, start=1)]
+    handles = [Patch(color=color) for color in colors[1:]]
+    axis.legend(handles, shares, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     return figure

@@ -72,6 +72,7 @@ ATTENTION = {
     "window_int": ({"window": 4}, "window must be .*got 4"),
     "window_list": ({"window": [4, 4]}, r"window must be .*got \[4, 4\]"),
     "window_three": ({"window": (1, 2, 3)}, "window must be"),
+    "window_boolean": ({"window": (True, None)}, "window must be"),
     "window_float": ({"window": (1.0, None)}, "window must be"),
     "pruned": ({"pruned": "keep"}, r"pruned must be one of \('drop', 'zero'\); got 'keep'"),
     "implementation": ({"implementation": "cuda"}, "implementation must be one of .*'cuda'"),
@@ -128,9 +129,15 @@ def test_score_map_refuses(name):
         score_map(**arguments)
 
 
-@pytest.mark.parametrize("call", [attend, lambda **o: score_map(*[array(1, 64, 2, 8)] * 2, **o)])
-def test_pallas_names_what_can_run_instead(call):
-    with pytest.raises(NotImplementedError, match=r"'pallas' has no kernel.*implementation='xla'"):
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (attend, r"'pallas' takes q, k, v in one of .*got float32"),
+        (lambda **o: score_map(*[array(1, 64, 2, 8)] * 2, **o), "'pallas' has no kernel"),
+    ],
+)
+def test_pallas_names_what_can_run_instead(call, message):
+    with pytest.raises(NotImplementedError, match=message + ".*implementation='xla'"):
         call(implementation="pallas")
 
 

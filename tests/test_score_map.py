@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as Spec
 
 from sparsax import score_map
 from tests.helpers import assert_near
@@ -64,6 +66,25 @@ def test_padding_counts_neither_as_key_nor_as_query(implementation):
     got = np.asarray(score_map(q, k, key_mask=key_mask, implementation=implementation)[0])
     # Row t sums to the share of samples in which query t is real.
     np.testing.assert_allclose(got.sum(-1), np.asarray(key_mask).mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_shard_map_over_batch_and_heads(padded):
+    q, k = draw(T=300, B=4)  # more than one chunk of queries
+    key_mask = lengths(4, 70) if padded else jnp.ones((4, 70), bool)
+    mesh = Mesh(np.array(jax.devices("cpu")[:4]).reshape(2, 2), ("batch", "heads"))
+    by_both = Spec("batch", None, "heads")
+
+    def mean_of_shards(q, k, key_mask):
+        found = score_map(q, k, key_mask=key_mask if padded else None, implementation="xla")
+        return jax.lax.pmean(found, ("batch", "heads"))
+
+    spread = jax.shard_map(
+        mean_of_shards, mesh=mesh, in_specs=(by_both, by_both, Spec("batch")), out_specs=Spec()
+    )
+    got = jax.jit(spread)(q, k, key_mask)
+    want = score_map(q, k, key_mask=key_mask, implementation="reference")
+    assert_near(got, want, 1e-6, "map")
 
 
 def test_no_gradient_flows():

@@ -1,7 +1,7 @@
 """Self-attention that is dense until it is given a pattern."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -87,16 +87,17 @@ class SparseAttention(nnx.Module):
         self.causal = causal
         self.pruned: Pruned = pruned
         self.implementation: Implementation | None = implementation
-        self.probing = False
+        self.probing: Literal["mean", "heads"] | None = None
 
     def __call__(
         self, x: Float[Array, "B T D"], *, key_mask: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """Attends within `x`; `key_mask` is False where a token is padding."""
         q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.probing:
-            found = score_map(q, k, causal=self.causal, key_mask=key_mask)
-            self.sow(ScoreMap, "score_map", found, capture_noop=True)
+        if self.probing is not None:
+            per_head = self.probing == "heads"
+            found = score_map(q, k, causal=self.causal, key_mask=key_mask, per_head=per_head)
+            self.score_map = ScoreMap(found)  # `score_maps` takes it away again
         pattern = self.pattern.get_value()
         if pattern is None:
             mask = None if key_mask is None else key_mask[:, None, None, :]
@@ -109,28 +110,37 @@ class SparseAttention(nnx.Module):
         return self.out(o)
 
 
-def score_maps(model: nnx.Module, *args: Any, **kwargs: Any) -> Float[Array, "L P T T"]:
+def score_maps(
+    model: nnx.Module, *args: Any, per_head: bool = False, **kwargs: Any
+) -> Float[Array, "L P T T"]:
     """The score map of every `SparseAttention` in a model, from one call `model(*args, **kwargs)`.
 
     Works inside jit. The model's parameters and patterns are left as they were.
 
+    Args:
+        model: the model.
+        *args: what it is called with.
+        per_head: one map for every head, for patterns per head, rather than their mean.
+        **kwargs: what it is called with.
+
     Returns:
-        Maps `[L, 1, T, T]` in the order of `get_patterns`, ready for `patterns.spion.search`.
+        Maps `[L, 1, T, T]`, or `[L, N, T, T]` per head, in the order of `get_patterns`, ready for
+        `patterns.spion.search`.
 
     Raises:
         ValueError: the model has no `SparseAttention`.
     """
     layers = _layers(model)
     for layer in layers:
-        layer.probing = True
+        layer.probing = "heads" if per_head else "mean"
     try:
-        _, found = nnx.capture(lambda m: m(*args, **kwargs), ScoreMap)(model)
+        model(*args, **kwargs)
+        return jnp.stack([layer.score_map.get_value() for layer in layers])
     finally:
         for layer in layers:
-            layer.probing = False
-    by_path = {path[:-1]: value for path, value in nnx.to_flat_state(found)}
-    maps = [by_path[path].get_value()[-1] for path in _paths(model)]
-    return jnp.stack(maps)
+            layer.probing = None
+            if hasattr(layer, "score_map"):
+                del layer.score_map
 
 
 def get_patterns(model: nnx.Module) -> list[BlockPattern | None]:

@@ -97,8 +97,9 @@ def diagonal_convolution(
     """
     length, half = score_map.shape[-1], filter_length // 2
     padded = jnp.pad(score_map, half)
-    shifts = [padded[f : f + length, f : f + length] for f in range(filter_length)]
-    return sum(shifts[1:], start=shifts[0])
+    # A loop: written out, XLA fuses all shifts into the pooling and reads them one value at a time.
+    add = lambda f, total: total + lax.dynamic_slice(padded, (f, f), (length, length))
+    return lax.fori_loop(1, filter_length, add, padded[:length, :length])
 
 
 def average_pool(score_map: Float[ArrayLike, "T T"], block: int) -> Float[Array, "n n"]:

@@ -1,7 +1,13 @@
 """Portable sparse XLA: real savings on CPUs, TPUs and any GPU. Arrays and static ints in."""
 
+from sparsax.xla import compound as compound
 from sparsax.xla.block_sparse_attention import backward as backward
 from sparsax.xla.block_sparse_attention import forward as forward
 from sparsax.xla.pruned_counts import pruned_counts as pruned_counts
 from sparsax.xla.score_map import score_map as score_map
+from sparsax.xla.tsvd_matmul import tsvd_backward as tsvd_backward
+from sparsax.xla.tsvd_matmul import tsvd_common_backward as tsvd_common_backward
+from sparsax.xla.tsvd_matmul import tsvd_common_forward as tsvd_common_forward
+from sparsax.xla.tsvd_matmul import tsvd_forward as tsvd_forward
+from sparsax.xla.walk import vary_alike as vary_alike
 from sparsax.xla.walk import varying_zero as varying_zero

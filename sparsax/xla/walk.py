@@ -54,7 +54,19 @@ def varying_zero(*arrays):
 
     Inside `jax.shard_map` a loop's carry must start out as varying as it ends; elsewhere a plain 0.
     """
-    return sum(jnp.zeros_like(x.reshape(-1)[0], jnp.float32) for x in arrays if x is not None)
+    arrays = [x for x in arrays if x is not None and x.size]
+    return sum(jnp.zeros_like(x.reshape(-1)[0], jnp.float32) for x in arrays)
+
+
+def vary_alike(arrays, *others):
+    """The arrays varying over the same mesh axes inside `jax.shard_map`; elsewhere as they are.
+
+    Keys that are replicated while queries are sharded by head, or weights while rows are, get the
+    sum of their gradients from the transpose of this promotion. The condition is a constant, so
+    that XLA removes the choice. None stays None.
+    """
+    always = varying_zero(*arrays, *others) == 0
+    return tuple(None if x is None else jnp.where(always, x, x) for x in arrays)
 
 
 def put(array, rows, values):

@@ -111,6 +111,18 @@ def test_score_maps_are_those_of_the_layers_queries_and_keys(causal, padded):
     np.testing.assert_allclose(found.sum(-1)[0], rows, atol=1e-5)
 
 
+def test_score_maps_per_head_give_a_pattern_for_every_head():
+    model = Stack(2)
+    maps = nnx.jit(score_maps, static_argnames="per_head")(model, inputs(), per_head=True)
+    heads = model.layers[0].query(inputs()).shape[2]
+    assert maps.shape == (2, heads, T, T)
+    assert_near(maps.mean(1, keepdims=True), score_maps(model, inputs()), 1e-6, "mean of heads")
+    found = sparsax.patterns.spion.search(maps, block=16, quantile=0.5)
+    set_patterns(model, found)
+    assert [pattern.num_heads for pattern in get_patterns(model)] == [heads, heads]
+    assert bool(jnp.isfinite(model(inputs())).all())
+
+
 @pytest.mark.parametrize("pattern", [None, BAND])
 def test_score_maps_work_under_jit_and_leave_the_model_as_it_was(pattern):
     model = Stack(2)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -41,7 +42,7 @@ def loss(model, batch, rngs):
 
 def evaluate(model) -> float:
     tokens, labels = batch(12345)
-    return -float(cross_entropy(model(tokens), labels))
+    return -float(cross_entropy(model(jnp.asarray(tokens)), jnp.asarray(labels)))
 
 
 def run(**changes) -> FitResult:

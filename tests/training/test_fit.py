@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsax import nn
+from sparsax import nn, patterns
 from sparsax.training import FitResult
 from tests.training import killed_run
 from tests.training.killed_run import CONFIG, SEARCH, STEPS, TRANSITION, batch, run
@@ -67,8 +67,16 @@ def spied(tmp_path_factory) -> Spied:
     return Spied(result, folder, rates, evaluations)
 
 
+def training(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if "loss" in row]
+
+
+def evaluated(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if "valid" in row]
+
+
 def test_goes_from_dense_to_sparse(spied):
-    log = spied.result.log
+    log = training(spied.result.log)
     assert [row["phase"] for row in log] == ["dense"] * TRANSITION + ["sparse"] * TRANSITION
     density = float(spied.result.patterns.density().mean())
     assert 0.25 <= density < 1  # the diagonal, and not everything
@@ -107,8 +115,17 @@ def test_the_pattern_is_that_of_the_maps_of_the_transition(spied):
 def test_log_is_json_lines_in_order(spied):
     rows = [json.loads(x) for x in (spied.folder / "log.jsonl").read_text().splitlines()]
     assert rows == spied.result.log
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert all(np.isfinite(row["loss"]) and 0 <= row["accuracy"] <= 1 for row in rows)
+    steps = training(rows)
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    assert all(np.isfinite(row["loss"]) and 0 <= row["accuracy"] <= 1 for row in steps)
+
+
+def test_every_evaluation_has_its_row_the_last_included(spied):
+    rows = evaluated(spied.result.log)
+    assert [row["step"] for row in rows] == [3, 6, 9, 12, 15, STEPS]
+    assert [row["valid"] for row in rows] == [100.0, 100.0, *SPARSE_SCORES, LAST_SCORE]
+    assert [row["phase"] for row in rows] == ["dense"] * 2 + ["sparse"] * 4
+    assert spied.result.log[-1] == rows[-1]
 
 
 def test_a_finished_run_is_read_and_not_trained(spied):
@@ -132,7 +149,8 @@ def test_start_goes_on_as_the_run_it_came_from(spied):
     assert_equal(params_of(branch.model), params_of(spied.result.model))
     assert branch.best == spied.result.best
     strip = lambda rows: [(row["step"], row["phase"], row["loss"]) for row in rows]
-    assert strip(branch.log) == strip(spied.result.log[TRANSITION:])
+    whole = [row for row in training(spied.result.log) if row["step"] > TRANSITION]
+    assert strip(training(branch.log)) == strip(whole)
 
 
 def test_start_without_a_search_stays_dense(spied):
@@ -144,7 +162,56 @@ def test_start_without_a_search_stays_dense(spied):
     assert branch.patterns is None
     assert branch.best == 100.0
     assert [dense for dense, _ in evaluations] == [True, True]
-    assert [row["phase"] for row in branch.log] == ["dense", "dense"]
+    assert [row["phase"] for row in training(branch.log)] == ["dense", "dense"]
+
+
+def test_stop_at_transition_ends_when_the_pattern_is_found(spied, tmp_path):
+    evaluate, evaluations = scripted()
+    config = dataclasses.replace(CONFIG, stop_at_transition=True)
+    start = run(config=config, evaluate=evaluate, folder=tmp_path)
+    assert start.last["step"] == start.transition["step"] == TRANSITION
+    assert_equal(start.patterns, spied.result.patterns)
+    assert_equal(start.transition, spied.result.transition)
+    # What it ends with is evaluated, and it is sparse.
+    assert [dense for dense, _ in evaluations] == [True, True, False]
+    assert start.best == SPARSE_SCORES[0]
+    assert start.log[-1]["valid"] == SPARSE_SCORES[0]
+
+    again = run(config=config, evaluate=lambda model: pytest.fail("stopped"), folder=tmp_path)
+    assert again.last["step"] == TRANSITION
+    assert_equal(again.transition, start.transition)
+    evaluate, _ = scripted()
+    assert_equal(run(start=again.transition, evaluate=evaluate).last, spied.result.last)
+
+
+def test_a_model_with_patterns_of_its_own_is_sparse_from_the_first_step(tmp_path):
+    model = killed_run.make_model()
+    nn.set_patterns(model, [patterns.diagonal(32, block=8), None])
+    config = dataclasses.replace(CONFIG, steps=3, schedule=None)
+    result = run(model=model, config=config, find_patterns=None, folder=tmp_path)
+    assert [(row["phase"], row["density"]) for row in result.log] == [("sparse", 0.625)] * 4
+    assert set(result.step_seconds) == {"sparse"}
+    kept = nn.get_patterns(result.model)
+    assert kept[1] is None
+    assert_equal(kept[0], patterns.diagonal(32, block=8))
+
+
+def test_a_schedule_refuses_a_model_that_is_sparse_already():
+    model = killed_run.make_model()
+    nn.set_patterns(model, patterns.diagonal(32, block=8))
+    with pytest.raises(ValueError, match="a schedule starts dense, but the model has patterns"):
+        run(model=model)
+
+
+def test_step_times_are_known_however_often_the_run_looks_aside():
+    changes = {"log_every": 4, "eval_every": 2, "save_every": 1}
+    config = dataclasses.replace(CONFIG, steps=8, schedule=None, **changes)
+    slow = lambda model: time.sleep(0.5) or 1.0
+    result = run(config=config, evaluate=slow)
+    laps = [row["seconds"] for row in training(result.log)]
+    assert len(laps) == 2
+    assert all(0 < lap < 0.2 for lap in laps)  # the evaluations would make it 0.25 and more
+    assert result.step_seconds == {"dense": np.median(laps)}
 
 
 def test_a_schedule_needs_a_search():
@@ -158,11 +225,25 @@ def test_nothing_left_to_train(spied):
         run(start=spied.result.transition, config=config)
 
 
-def test_nan_is_never_the_best():
-    scores = iter((1.0, float("nan"), 0.5))
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"), [((1.0, NAN, 0.5), 1.0), ((NAN, 0.5, 0.25), 0.5), ((NAN, NAN, -2.0), -2.0)]
+)
+def test_nan_is_never_the_best(scores, best):
+    left, seen = iter(scores), []
     config = dataclasses.replace(CONFIG, steps=3, eval_every=1, schedule=None)
-    result = run(evaluate=lambda model: next(scores), config=config)
-    assert result.best == 1.0
+    result = run(evaluate=lambda model: seen.append(params_of(model)) or next(left), config=config)
+    assert result.best == best
+    assert_equal(params_of(result.model), seen[scores.index(best)])
+
+
+def test_without_a_number_the_last_parameters_are_returned():
+    config = dataclasses.replace(CONFIG, steps=3, eval_every=1, schedule=None)
+    result = run(evaluate=lambda model: NAN, config=config)
+    assert np.isnan(result.best)
+    assert_equal(params_of(result.model), result.last["params"])
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -225,4 +306,4 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path):
         assert whole[name].tobytes() == killed[name].tobytes(), name
     logs = [read_log(tmp_path / name) for name in ("whole", "killed")]
     assert logs[0] == logs[1]
-    assert [row["step"] for row in logs[0]] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in training(logs[0])] == list(range(1, STEPS + 1))
