@@ -1,0 +1,12 @@
+"""Kernels for NVIDIA Hopper GPUs (Pallas, Mosaic GPU). Arrays and static ints in."""
+
+from sparsax.pallas.block_sparse.attention import backward as backward
+from sparsax.pallas.block_sparse.attention import forward as forward
+from sparsax.pallas.support import interpret as interpret
+from sparsax.pallas.support import interpreted as interpreted
+from sparsax.pallas.support import lowering as lowering
+from sparsax.pallas.support import on_hopper as on_hopper
+from sparsax.pallas.support import refusal as refusal
+from sparsax.pallas.tsvd_matmul import tsvd_backward_x as tsvd_backward_x
+from sparsax.pallas.tsvd_matmul import tsvd_forward as tsvd_forward
+from sparsax.pallas.tsvd_matmul import tsvd_refusal as tsvd_refusal

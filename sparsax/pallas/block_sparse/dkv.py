@@ -1,0 +1,274 @@
+"""The kernel of dK and dV: row tiles of keys over the query blocks that list them.
+
+Dao, "FlashAttention-2" (arXiv 2307.08691), algorithm 2, for the keys alone. All query heads of a
+kv head are walked by one thread block, so their sum never leaves the registers. The parts of a
+split row leave as float32 sums, which `combine.py` adds in order.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsax.pallas.block_sparse import masks, stream
+from sparsax.pallas.block_sparse.problem import Columns, Problem
+from sparsax.pallas.block_sparse.rows import Lists
+from sparsax.pallas.block_sparse.schedule import Item, Schedule
+from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.hopper import (
+    COL,
+    COMPUTE,
+    LOG2E,
+    MATRIX,
+    ROW,
+    WG_ROWS,
+    Ring,
+    TensorCores,
+    Turns,
+    launch,
+    per_col,
+    shared,
+    zeros,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeadWalk:
+    """The tiles of one query head's list that an item walks; scalars of the kernel."""
+
+    head: Any
+    pattern_head: Any
+    full: Any
+    count: Any  # below 0 if the pattern is not to be used
+    first: Any
+    last: Any
+
+
+def dkv_kernel(
+    x: Problem,
+    schedule: Schedule,
+    bits: bool,
+    *,
+    tile: int,
+    stages: int,
+    turns: bool,
+    interpret,
+    features: tuple[int, int] | None = None,
+):
+    """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], q, k, v, do, lse, delta)`.
+
+    lse and delta are as for dQ. It returns `dk, dv [B, S, K, H]`, or the given range of their
+    features alone where registers cannot hold all of them, and float32 sums of the parts of split
+    rows, `[part and copy, dk and dv, 128, H]`.
+    """
+    columns, cores = Columns(x.block_q, tile, x.kv_bounds), TensorCores(interpret is not None)
+    low, high = features or (0, x.H)
+    masked, gain = columns.masked(bits), x.scale * LOG2E
+    group, sharing = x.N // x.K, x.K // schedule.owners
+
+    def kernel(*refs, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ids_smem, out_smem,
+               kv_bars, bars, turn_bars):  # fmt: skip
+        lists, (q, k, v, do, lse, delta, dk, dv, *parts) = Lists.split(refs, bits, x.ids)
+        kv_ring, ring = Ring(kv_bars, 1), Ring(bars, stages)
+        wg = lax.axis_index("wg")
+
+        def where(item: Item):
+            """`(sample, kv head)`."""
+            shared_head = lax.rem(item.copy, jnp.int32(sharing))
+            return item.copy // sharing, item.owner * sharing + shared_head
+
+        def each_head(item: Item, visit, carry):
+            """`visit(walk, carry)` for the query heads of the item's kv head, in turn."""
+            _, kv_head = where(item)
+            there, row = item.row >= 0, jnp.maximum(item.row, 0)
+
+            def go(g, state):
+                passed, carry = state
+                head = kv_head * group + g
+                p = head // (x.N // x.P)
+                full, count = (
+                    jnp.where(there, ref[p, row], 0) for ref in (lists.full, lists.count)
+                )
+                tiles = columns.tiles(jnp.maximum(count, 0))
+                first, last = (jnp.clip(i - passed, 0, tiles) for i in (item.first, item.last))
+                walk = _HeadWalk(head, p, full, count, first, last)
+                return passed + tiles, visit(walk, carry)
+
+            return lax.fori_loop(0, group, go, (jnp.int32(0), carry))[1]
+
+        @pl.when(wg == COMPUTE)
+        def copy_tiles():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def fill_tile(item: Item, carry):
+                done, step = carry
+                b, kv_head = where(item)
+
+                @pl.when(item.row >= 0)
+                def _():
+                    kv_ring.reserve(done)
+                    for i in range(COMPUTE):
+                        at = b, pl.ds(item.row * ROWS + i * WG_ROWS, WG_ROWS), kv_head
+                        plgpu.copy_gmem_to_smem(k.at[at], k_smem.at[i], kv_ring.filled.at[0])
+                        plgpu.copy_gmem_to_smem(v.at[at], v_smem.at[i], kv_ring.filled.at[0])
+
+                def fill_head(walk: _HeadWalk, step):
+                    index, head = (walk.pattern_head, item.row), walk.head
+
+                    def fill(t, step):
+                        slot = ring.slot(step)
+                        begins = stream.starts(columns, lists.cols, index, walk.count, t)
+                        ring.reserve(step)
+                        bring = lambda source, smem: stream.copy(
+                            columns, begins, source, smem.at[slot], ring.filled.at[slot]
+                        )
+                        bring(lambda rows: q.at[b, rows, head], q_smem)
+                        bring(lambda rows: do.at[b, rows, head], do_smem)
+                        bring(lambda rows: lse.at[b, head, rows], lse_smem)
+                        bring(lambda rows: delta.at[b, head, rows], delta_smem)
+                        if x.ids:
+                            bring(lambda rows: lists.q_ids.at[b, rows], ids_smem)
+                        return step + 1
+
+                    return lax.fori_loop(walk.first, walk.last, fill, step)
+
+                step = each_head(item, fill_head, step)
+                return done + jnp.where(item.row >= 0, 1, 0), step
+
+            start = jnp.int32(0), jnp.int32(0)
+            done, steps = schedule.each(lax.axis_index("item"), lists.table, fill_tile, start)
+            kv_ring.drain(done)
+            ring.drain(steps)
+
+        @pl.when(wg < COMPUTE)
+        def compute():
+            plgpu.set_max_registers(232, action="increase")
+            order = Turns(turn_bars, wg)
+            order.open()
+            keys, values = k_smem.at[wg], v_smem.at[wg]
+            row_in_tile = wg * WG_ROWS
+
+            def differentiate(item: Item, carry):
+                done, begun = carry
+                b, kv_head = where(item)
+                first_row = jnp.maximum(item.row, 0) * ROWS + row_in_tile
+                rows = pl.ds(first_row, WG_ROWS)
+                row_ids = None
+                if x.ids:
+                    row_ids = plgpu.load(lists.kv_ids.at[b, rows], layout=ROW, optimized=False)
+
+                def visit_head(walk: _HeadWalk, carry):
+                    index, count = (walk.pattern_head, item.row), jnp.maximum(walk.count, 0)
+
+                    def advance(t, partial, carry):
+                        dk_acc, dv_acc, step = carry
+                        slot = ring.slot(step)
+                        found = None
+                        if partial:
+                            found = masks.pieces(columns, lists.cols, lists.bits, index, count, t,
+                                                 row_in_tile, x.block_kv)  # fmt: skip
+                        ring.wait(step)
+                        of_cols = lambda smem: plgpu.load(smem.at[slot], layout=COL)
+
+                        def gradients(get_s, get_dp):
+                            s = get_s()
+                            weights = jnp.exp2(s * gain - per_col(of_cols(lse_smem), s.shape))
+                            if partial:
+                                ids = (row_ids, of_cols(ids_smem)) if x.ids else None
+                                kept = masks.keep(columns, found, first_row, x.block_kv, ids)
+                                weights = jnp.where(kept, weights, 0.0)
+                            dp = get_dp()
+                            ds = weights * (dp - per_col(of_cols(delta_smem), dp.shape))
+                            return ds.astype(x.dtype), weights.astype(x.dtype)
+
+                        turned = lambda smem: smem.at[slot].transpose((1, 0))
+                        order.take()
+                        ds, weights = cores.start(
+                            [(None, keys, turned(q_smem)), (None, values, turned(do_smem))],
+                            gradients, order.give,
+                        )  # fmt: skip
+                        part = slot
+                        if features is not None:
+                            part = slot, slice(None), pl.ds(low, high - low)
+                        dv_acc, dk_acc = cores.start(
+                            [(dv_acc, weights, do_smem.at[part]), (dk_acc, ds, q_smem.at[part])],
+                            lambda get_dv, get_dk: (get_dv(), get_dk()),
+                        )
+                        cores.before_release()
+                        ring.release(step)
+                        return dk_acc, dv_acc, step + 1
+
+                    *sums, poison = carry
+                    sums = stream.walk(
+                        walk.full, walk.last, columns, masked, walk.first, advance, tuple(sums)
+                    )
+                    return *sums, poison + jnp.where(walk.count < 0, jnp.nan, 0.0)
+
+                @pl.when(item.row >= 0)
+                def _():
+                    kv_ring.wait(done)
+
+                zero = zeros((WG_ROWS, high - low), MATRIX)
+                carry = zero, zero, begun, jnp.float32(0)
+                dk_acc, dv_acc, begun, poison = each_head(item, visit_head, carry)
+                results = (dk_acc * x.scale + poison, dk), (dv_acc + poison, dv)
+
+                @pl.when(item.row >= 0)
+                def _():
+                    cores.before_release()
+                    kv_ring.release(done)
+
+                def write():
+                    for i, (gradient, target) in enumerate(results):
+                        # One space for both where shared memory is short: one after the other.
+                        if features is not None or i == 0:
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        out = out_smem.at[0 if features else i, wg]
+                        out[...] = gradient.astype(x.dtype)
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(out, target.at[b, rows, kv_head])
+
+                whole = item.row >= 0
+                if parts:
+
+                    @pl.when(item.part >= 0)
+                    def write_part():
+                        place = item.part * schedule.copies + item.copy
+                        for i, (gradient, _) in enumerate(results):
+                            parts[0].at[place, i, pl.ds(row_in_tile, WG_ROWS)][...] = gradient
+
+                    whole &= item.part < 0
+                pl.when(whole)(write)
+                return done + jnp.where(item.row >= 0, 1, 0), begun
+
+            start = jnp.int32(0), jnp.int32(0)
+            schedule.each(lax.axis_index("item"), lists.table, differentiate, start)
+            order.close()
+            plgpu.wait_smem_to_gmem(0)
+
+    out = jax.ShapeDtypeStruct((x.B, -(-x.S // 8) * 8, x.K, high - low), x.dtype)
+    shape = schedule.parts * schedule.copies, 2, ROWS, high - low
+    sums = (jax.ShapeDtypeStruct(shape, jnp.float32),) if schedule.parts else ()
+    vector = lambda dtype: plgpu.SMEM((stages, tile), dtype)
+    return launch(
+        kernel,
+        "block_sparse_dkv",
+        schedule.thread_blocks,
+        (out, out, *sums),
+        interpret,
+        k_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),
+        v_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),
+        q_smem=shared((stages, tile, x.H), x.dtype),
+        do_smem=shared((stages, tile, x.H), x.dtype),
+        out_smem=shared((1 if features else 2, COMPUTE, WG_ROWS, high - low), x.dtype),
+        lse_smem=vector(jnp.float32),
+        delta_smem=vector(jnp.float32),
+        ids_smem=vector(jnp.int32) if x.ids else None,
+        kv_bars=Ring.barriers(1, 2 * COMPUTE),
+        turn_bars=Turns.barrier(turns),
+        bars=Ring.barriers(stages, columns.gather * (5 if x.ids else 4)),
+    )

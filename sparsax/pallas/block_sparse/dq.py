@@ -1,0 +1,180 @@
+"""The kernel of dQ: row tiles of queries over the key blocks they list.
+
+Dao, "FlashAttention-2" (arXiv 2307.08691), algorithm 2, for the queries alone. The product that
+adds a tile's share to dQ runs while the next tile's probabilities are computed.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsax.pallas.block_sparse import stream
+from sparsax.pallas.block_sparse.problem import Columns, Problem
+from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles
+from sparsax.pallas.block_sparse.schedule import Schedule
+from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.hopper import (
+    COMPUTE,
+    LOG2E,
+    MATRIX,
+    ROW,
+    WG_ROWS,
+    Ring,
+    TensorCores,
+    Turns,
+    launch,
+    per_row,
+    shared,
+    zeros,
+)  # fmt: skip
+
+
+def dq_kernel(
+    x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool, interpret
+):
+    """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], q, k, v, do, lse, delta)`.
+
+    lse is in units of log 2 and infinite for a query that keeps nothing; both it and delta are
+    `[B, N, T']`, T' padded to row tiles. It returns `dq [B, T, N, H]`.
+    """
+    columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
+    masked, gain = columns.masked(bits), x.scale * LOG2E
+    roomy = x.H < 256
+
+    def kernel(*refs, q_smem, do_smem, k_smem, v_smem, dq_smem, ids_smem, q_bars, k_bars, v_bars,
+               turn_bars):  # fmt: skip
+        lists, (q, k, v, do, lse, delta, dq) = Lists.split(refs, bits, x.ids)
+        tiles = QueryTiles(x, columns, schedule, lists)
+        q_ring, k_ring, v_ring = Ring(q_bars, 1), Ring(k_bars, stages), Ring(v_bars, stages)
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg == COMPUTE)
+        def copy():
+            plgpu.set_max_registers(40, action="decrease")
+            of_rows = [(q, q_smem), (do, do_smem)]
+            tiles.copy(of_rows, q_ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring)
+
+        @pl.when(wg < COMPUTE)
+        def compute():
+            plgpu.set_max_registers(232, action="increase")
+            order = Turns(turn_bars, wg)
+            order.open()
+            queries, cotangents = q_smem.at[wg], do_smem.at[wg]
+
+            def release(ring, step):
+                cores.before_release()
+                ring.release(step)
+
+            def differentiate(work: QueryTile, carry):
+                done, begun = carry
+                count = jnp.maximum(work.count, 0)
+                poison = jnp.where(work.count < 0, jnp.nan, 0.0)
+                steps = columns.tiles(count)
+                rows = pl.ds(jnp.maximum(work.row, 0) * ROWS + wg * WG_ROWS, WG_ROWS)
+                of_rows = lambda ref: plgpu.load(
+                    ref.at[work.sample, work.head, rows], layout=ROW, optimized=False
+                )
+                row_lse, row_delta = of_rows(lse), of_rows(delta)
+                find, kept = tiles.mask(work, wg)
+
+                def products(step):
+                    k_ring.wait(step)
+                    v_ring.wait(step)
+                    turned = lambda smem, ring: smem.at[ring.slot(step)].transpose((1, 0))
+                    scores = None, queries, turned(k_smem, k_ring)
+                    return scores, (None, cotangents, turned(v_smem, v_ring))
+
+                def probabilities(s, step, found):
+                    weights = jnp.exp2(s * gain - per_row(row_lse, s.shape))
+                    if found is None:
+                        return weights
+                    ids = ids_smem.at[k_ring.slot(step)] if x.ids else None
+                    return jnp.where(kept(found, ids), weights, 0.0)
+
+                def logit_gradients(weights, dp, step):
+                    release(v_ring, step)
+                    ds = weights * (dp - per_row(row_delta, dp.shape))
+                    return ds.astype(x.dtype)
+
+                def owed(carry, step):  # the product that adds a tile's share to dQ
+                    acc, ds = carry
+                    return acc, ds, k_smem.at[k_ring.slot(step)]
+
+                def first(carry):
+                    found = find(0) if masked else None
+
+                    def then(get_s, get_dp):
+                        weights = probabilities(get_s(), begun, found)
+                        return logit_gradients(weights, get_dp(), begun)
+
+                    started = [*products(begun)]
+                    order.take()
+                    return carry[0], cores.start(started, then, order.give)
+
+                def advance(t, partial, carry):
+                    step, found = begun + t, find(t) if partial else None
+                    scores, dps = products(step)
+
+                    def then(get_s, get_acc, get_dp):
+                        weights = probabilities(get_s(), step, found)
+                        acc = get_acc()
+                        release(k_ring, step - 1)
+                        return acc, logit_gradients(weights, get_dp(), step)
+
+                    order.take()
+                    return cores.start([scores, owed(carry, step - 1), dps], then, order.give)
+
+                def last(carry):
+                    end = begun + steps - 1
+                    acc = cores.start([owed(carry, end)], lambda get: get())
+                    release(k_ring, end)
+                    return acc, carry[1]
+
+                @pl.when(work.there)
+                def _():
+                    q_ring.wait(done)
+
+                none = plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX)
+                carry = zeros((WG_ROWS, x.H), MATRIX), none
+                carry = lax.cond(steps > 0, first, lambda carry: carry, carry)
+                carry = stream.walk(work.full, steps, columns, masked, 1, advance, carry)
+                if roomy:
+                    pl.when(work.there)(lambda: q_ring.release(done))
+                acc, _ = lax.cond(steps > 0, last, lambda carry: carry, carry)
+
+                @pl.when(work.there)
+                def _():
+                    out = dq_smem.at[wg] if roomy else queries
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out[...] = (acc * x.scale + poison).astype(x.dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(out, dq.at[work.sample, rows, work.head])
+                    if not roomy:
+                        plgpu.wait_smem_to_gmem(0)
+                        q_ring.release(done)
+
+                return done + jnp.where(work.there, 1, 0), begun + steps
+
+            tiles.each(differentiate, (jnp.int32(0), jnp.int32(0)))
+            order.close()
+            plgpu.wait_smem_to_gmem(0)
+
+    return launch(
+        kernel,
+        "block_sparse_dq",
+        schedule.thread_blocks,
+        (jax.ShapeDtypeStruct((x.B, -(-x.T // 8) * 8, x.N, x.H), x.dtype),),
+        interpret,
+        q_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),
+        do_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),
+        k_smem=shared((stages, tile, x.H), x.dtype),
+        v_smem=shared((stages, tile, x.H), x.dtype),
+        dq_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype) if roomy else None,
+        ids_smem=plgpu.SMEM((stages, tile), jnp.int32) if x.ids else None,
+        q_bars=Ring.barriers(1, 2 * COMPUTE),
+        k_bars=Ring.barriers(stages, columns.gather * (2 if x.ids else 1)),
+        v_bars=Ring.barriers(stages, columns.gather),
+        turn_bars=Turns.barrier(turns),
+    )

@@ -1,0 +1,199 @@
+"""The forward kernel: softmax attention of row tiles over the key blocks they list.
+
+Shah et al., "FlashAttention-3" (arXiv 2407.08608), algorithm 2: while the tensor cores multiply the
+probabilities of one tile with its values, the warpgroup computes the softmax of the next tile.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsax.pallas.block_sparse import stream
+from sparsax.pallas.block_sparse.problem import Columns, Problem
+from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles
+from sparsax.pallas.block_sparse.schedule import Schedule
+from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.hopper import (
+    COMPUTE,
+    LOG2E,
+    MATRIX,
+    ROW,
+    WG_ROWS,
+    Ring,
+    TensorCores,
+    Turns,
+    full,
+    launch,
+    per_row,
+    shared,
+    zeros,
+)  # fmt: skip
+
+LOWEST = -1e30  # finite, so that exp2(-inf - LOWEST) is 0 where -inf - -inf would be NaN
+
+
+def forward_kernel(
+    x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool, interpret
+):
+    """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], q, k, v)`.
+
+    It returns `o [B, T, N, H]` and `lse [B, N, T']` in units of log 2, T' padded to row tiles.
+    """
+    columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
+    masked, scale = columns.masked(bits), x.scale * LOG2E
+    gain = scale if scale > 0 else 1.0  # a positive factor may wait until after max and mask
+    roomy = x.H < 256  # o has space of its own, so that the next queries arrive meanwhile
+
+    def kernel(*refs, q_smem, k_smem, v_smem, o_smem, lse_smem, ids_smem, q_bars, k_bars, v_bars,
+               turn_bars):  # fmt: skip
+        lists, (q, k, v, o, lse) = Lists.split(refs, bits, x.ids)
+        tiles = QueryTiles(x, columns, schedule, lists)
+        q_ring, k_ring, v_ring = Ring(q_bars, 1), Ring(k_bars, stages), Ring(v_bars, stages)
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg == COMPUTE)
+        def copy():
+            plgpu.set_max_registers(40, action="decrease")
+            tiles.copy([(q, q_smem)], q_ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring)
+
+        @pl.when(wg < COMPUTE)
+        def compute():
+            plgpu.set_max_registers(232, action="increase")
+            order = Turns(turn_bars, wg)
+            order.open()
+            queries = q_smem.at[wg]
+
+            def release(ring, step):
+                cores.before_release()
+                ring.release(step)
+
+            def softmax(s, top, total):
+                new_top = jnp.maximum(top, s.max(axis=1) * gain)
+                weights = jnp.exp2(s * gain - per_row(new_top, s.shape))
+                decay = jnp.exp2(top - new_top)
+                return weights, new_top, total * decay + weights.sum(axis=1), decay
+
+            def attend(work: QueryTile, carry):
+                done, begun = carry
+                count = jnp.maximum(work.count, 0)
+                poison = jnp.where(work.count < 0, jnp.nan, 0.0)
+                steps = columns.tiles(count)
+                find, kept = tiles.mask(work, wg)
+
+                def mask(s, step, found):
+                    ids = ids_smem.at[k_ring.slot(step)] if x.ids else None
+                    return jnp.where(kept(found, ids), s, -jnp.inf)
+
+                def scores(step):
+                    k_ring.wait(step)
+                    return None, queries, k_smem.at[k_ring.slot(step)].transpose((1, 0))
+
+                def values(weights, acc, step):
+                    v_ring.wait(step)
+                    return acc, weights, v_smem.at[v_ring.slot(step)]
+
+                def first(carry):
+                    acc, top, total, _ = carry
+                    found = find(0) if masked else None
+
+                    def then(get):
+                        s = get() if gain == scale else get() * scale
+                        if masked:
+                            unmasked = columns.full_tiles(work.full) > 0
+                            s = lax.cond(unmasked, lambda s: s, lambda s: mask(s, begun, found), s)
+                        release(k_ring, begun)
+                        return softmax(s, top, total)
+
+                    product = scores(begun)
+                    order.take()
+                    weights, top, total, _ = cores.start([product], then, order.give)
+                    return acc, top, total, weights.astype(x.dtype)
+
+                def advance(t, partial, carry):
+                    acc, top, total, weights = carry
+                    step, found = begun + t, find(t) if partial else None
+
+                    def then(get_scores, get_acc):
+                        s = get_scores() if gain == scale else get_scores() * scale
+                        if partial:
+                            s = mask(s, step, found)
+                        release(k_ring, step)
+                        new_weights, new_top, new_total, decay = softmax(s, top, total)
+                        acc = get_acc()
+                        release(v_ring, step - 1)
+                        # Rounded no sooner: the registers were feeding the product just awaited.
+                        new_weights = new_weights.astype(x.dtype)
+                        return acc * per_row(decay, acc.shape), new_top, new_total, new_weights
+
+                    products = [scores(step), values(weights, acc, step - 1)]
+                    order.take()
+                    return cores.start(products, then, order.give)
+
+                def last(carry):
+                    acc, top, total, weights = carry
+                    end = begun + steps - 1
+                    acc = cores.start([values(weights, acc, end)], lambda get: get())
+                    release(v_ring, end)
+                    return acc, top, total, weights
+
+                @pl.when(work.there)
+                def _():
+                    q_ring.wait(done)
+
+                carry = (
+                    zeros((WG_ROWS, x.H), MATRIX), full((WG_ROWS,), LOWEST, ROW),
+                    zeros((WG_ROWS,), ROW),
+                    plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX),
+                )  # fmt: skip
+                carry = lax.cond(steps > 0, first, lambda carry: carry, carry)
+                carry = stream.walk(work.full, steps, columns, masked, 1, advance, carry)
+                if roomy:
+                    pl.when(work.there)(lambda: q_ring.release(done))
+                acc, top, total, _ = lax.cond(steps > 0, last, lambda carry: carry, carry)
+
+                @pl.when(work.there)
+                def _():
+                    empty = total == 0.0
+                    positive = jnp.where(empty, 1.0, total)
+                    out = o_smem.at[wg] if roomy else queries
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out[...] = (acc / per_row(positive, acc.shape) + poison).astype(x.dtype)
+                    lse_smem.at[wg][...] = (
+                        jnp.where(empty, -jnp.inf, top + jnp.log2(positive)) + poison
+                    )
+                    plgpu.commit_smem()
+                    rows = pl.ds(work.row * ROWS + wg * WG_ROWS, WG_ROWS)
+                    plgpu.copy_smem_to_gmem(out, o.at[work.sample, rows, work.head])
+                    plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse.at[work.sample, work.head, rows])
+                    if not roomy:
+                        plgpu.wait_smem_to_gmem(0)
+                        q_ring.release(done)
+
+                return done + jnp.where(work.there, 1, 0), begun + steps
+
+            tiles.each(attend, (jnp.int32(0), jnp.int32(0)))
+            order.close()
+            plgpu.wait_smem_to_gmem(0)
+
+    return launch(
+        kernel,
+        "block_sparse_forward",
+        schedule.thread_blocks,
+        (
+            jax.ShapeDtypeStruct((x.B, -(-x.T // 8) * 8, x.N, x.H), x.dtype),
+            jax.ShapeDtypeStruct((x.B, x.N, -(-x.T // ROWS) * ROWS), jnp.float32),
+        ),
+        interpret,
+        q_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),
+        k_smem=shared((stages, tile, x.H), x.dtype),
+        v_smem=shared((stages, tile, x.H), x.dtype),
+        o_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype) if roomy else None,
+        lse_smem=plgpu.SMEM((COMPUTE, WG_ROWS), jnp.float32),
+        ids_smem=plgpu.SMEM((stages, tile), jnp.int32) if x.ids else None,
+        q_bars=Ring.barriers(1, COMPUTE),
+        k_bars=Ring.barriers(stages, columns.gather * (2 if x.ids else 1)),
+        v_bars=Ring.barriers(stages, columns.gather),
+        turn_bars=Turns.barrier(turns),
+    )

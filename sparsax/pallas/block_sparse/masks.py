@@ -1,0 +1,67 @@
+"""Which pairs of a tile attend, from positions, list bits and ids. Rows are a warpgroup's 64."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsax.pallas.block_sparse.problem import Columns
+from sparsax.pallas.hopper import MATRIX, WG_ROWS, per_col, per_row
+
+NOWHERE = 1 << 30  # the position of a piece that no row may see
+
+
+def pieces(columns: Columns, cols_ref, bits_ref, index, count, tile, row_in_tile, block_row):
+    """First column and row bits of each piece of a tile; read before waiting for its data.
+
+    `index` selects the row tile's list. `row_in_tile` is the warpgroup's first row in it.
+    """
+    starts, words = [], []
+    for piece in range(columns.gather):
+        entry = columns.entry(tile, piece)
+        there = entry < count
+        entry = jnp.minimum(entry, jnp.maximum(count - 1, 0))
+        start = columns.position(cols_ref[(*index, entry)], tile)
+        word = jnp.int32(-1)
+        if bits_ref is not None:
+            word = lax.shift_right_logical(
+                bits_ref[(*index, entry)], jnp.int32(row_in_tile // block_row)
+            )
+            if block_row >= WG_ROWS:  # one bit speaks for all rows of the warpgroup
+                there &= (word & 1) == 1
+        starts.append(jnp.where(there, start, NOWHERE))
+        words.append(word)
+    return starts, words
+
+
+def keep(columns: Columns, found, first_row, block_row: int, ids: tuple[Any, Any] | None):
+    """Boolean `[64, tile]`: the pairs of a warpgroup's rows and a tile's columns that attend."""
+    starts, words = found
+    shape, bounds = (WG_ROWS, columns.tile), columns.bounds
+    iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
+    row, lane = iota(0), iota(1)
+    col = lane + starts[0]
+    for piece in range(1, columns.gather):
+        begin = piece * columns.width
+        col = jnp.where(lane < begin, col, lane + (starts[piece] - begin))
+    kept = col < bounds.cols
+    gap = col - (row + first_row)
+    if bounds.before is not None:
+        kept &= gap >= -bounds.before
+    if bounds.after is not None:
+        kept &= gap <= bounds.after
+    if block_row < WG_ROWS:
+        word = _select(lane, words, columns.width)
+        kept &= (lax.shift_right_logical(word, row // block_row) & 1) == 1
+    if ids is not None:
+        rows, cols = ids
+        kept &= per_row(rows, shape) == per_col(cols, shape)
+    return kept
+
+
+def _select(lane, values, width):
+    chosen = jnp.zeros_like(lane) + values[0]
+    for piece in range(1, len(values)):
+        chosen = jnp.where(lane < piece * width, chosen, values[piece])
+    return chosen

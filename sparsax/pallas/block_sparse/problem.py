@@ -1,0 +1,86 @@
+"""The static facts of one attention call that its kernels are built for."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from sparsax.pallas.block_sparse.tiles import Bounds
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Shapes and options; axis letters as in `sparsax.typing`."""
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    P: int  # pattern heads
+    dtype: jnp.dtype
+    block_q: int
+    block_kv: int
+    scale: float
+    left: int | None
+    right: int | None
+    ids: bool
+
+    @property
+    def q_bounds(self) -> Bounds:
+        """Rows are queries, columns keys."""
+        return Bounds(self.T, self.S, self.left, self.right, mask_tail=True, ids=self.ids)
+
+    @property
+    def kv_bounds(self) -> Bounds:
+        """Rows are keys, columns queries, whose tail has probability 0 and so needs no mask."""
+        return Bounds(self.S, self.T, self.right, self.left, mask_tail=False, ids=self.ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """How tiles of `tile` columns are made of the blocks that a list names.
+
+    A block of more than `tile` columns is walked in parts; smaller ones are gathered, `gather` of
+    them to a tile, wherever they lie.
+    """
+
+    block: int
+    tile: int
+    bounds: Bounds
+
+    @property
+    def parts(self) -> int:
+        """Tiles that one block is walked in."""
+        return max(1, self.block // self.tile)
+
+    @property
+    def gather(self) -> int:
+        """Blocks that one tile gathers."""
+        return max(1, self.tile // self.block)
+
+    @property
+    def width(self) -> int:
+        """Columns of a tile that lie together in memory."""
+        return min(self.block, self.tile)
+
+    def masked(self, bits: bool) -> bool:
+        """Whether any tile may need a mask: then the kernel has a second loop for those."""
+        return bits or self.gather > 1 or self.bounds.partial(self.block)
+
+    def tiles(self, entries):
+        """Tiles that a list of so many entries takes."""
+        return (entries + self.gather - 1) // self.gather * self.parts
+
+    def full_tiles(self, entries):
+        """Tiles made of entries that need no mask alone, of which a list has so many."""
+        return entries // self.gather * self.parts
+
+    def entry(self, tile, piece: int):
+        """Where in the list the piece of a tile stands."""
+        return tile // self.parts * self.gather + piece
+
+    def position(self, block, tile):
+        """First column of the piece that a tile takes from a block."""
+        return block * self.block + lax.rem(tile, jnp.int32(self.parts)) * self.tile

@@ -1,0 +1,144 @@
+"""What the kernels of queries share: a thread block's row tiles, and the copies of keys and values.
+
+The forward pass and dQ both hold a row tile of queries and walk the key blocks that it lists.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsax.pallas.block_sparse import masks, stream
+from sparsax.pallas.block_sparse.problem import Columns, Problem
+from sparsax.pallas.block_sparse.schedule import Item, Schedule
+from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.hopper import COL, COMPUTE, ROW, WG_ROWS, Ring
+
+
+@dataclasses.dataclass(frozen=True)
+class Lists:
+    """References to the lists and ids that every kernel reads, from its leading operands."""
+
+    table: Any
+    full: Any
+    count: Any
+    cols: Any
+    bits: Any
+    q_ids: Any
+    kv_ids: Any
+
+    @classmethod
+    def split(cls, refs, bits: bool, ids: bool):
+        """The lists, and the operands that follow them."""
+        table, full, count, cols, *rest = refs
+        bits_ref = rest.pop(0) if bits else None
+        pair = (rest.pop(0), rest.pop(0)) if ids else (None, None)
+        return cls(table, full, count, cols, bits_ref, *pair), rest
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryTile:
+    """One row tile of queries; scalars of the kernel."""
+
+    row: Any  # -1: nothing to do
+    pattern_head: Any
+    sample: Any
+    head: Any
+    kv_head: Any
+    full: Any  # entries of the list that need no mask
+    count: Any  # entries of the list; below 0 if the pattern is not to be used
+
+    @property
+    def there(self):
+        """Whether there is anything to do."""
+        return self.row >= 0
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryTiles:
+    """The row tiles of queries that one thread block does, one after another."""
+
+    problem: Problem
+    columns: Columns
+    schedule: Schedule
+    lists: Lists
+
+    def tile(self, item: Item) -> QueryTile:
+        """The row tile that an item of the schedule means."""
+        x = self.problem
+        sharing = x.N // x.P
+        head = item.owner * sharing + lax.rem(item.copy, jnp.int32(sharing))
+        sample, kv_head = item.copy // sharing, head // (x.N // x.K)
+        return QueryTile(item.row, item.owner, sample, head, kv_head, *item.extra)
+
+    def each(self, visit, carry):
+        """`visit(tile, carry)` for the thread block's tiles in turn."""
+        block = lax.axis_index("item")
+        go = lambda item, carry: visit(self.tile(item), carry)
+        return self.schedule.each(block, self.lists.table, go, carry, extra=2)
+
+    def copy(self, of_rows, rows_ring: Ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring):
+        """The copying warpgroup: `of_rows` (arrays and space) once a tile, then keys and values."""
+        columns, cols = self.columns, self.lists.cols
+
+        def fill_tile(work: QueryTile, carry):
+            done, begun = carry
+            b, r, kv_head, count = work.sample, work.row, work.kv_head, jnp.maximum(work.count, 0)
+            steps = columns.tiles(count)
+
+            @pl.when(work.there)
+            def _():
+                rows_ring.reserve(done)
+                for i in range(COMPUTE):
+                    rows = pl.ds(r * ROWS + i * WG_ROWS, WG_ROWS)
+                    for source, smem in of_rows:
+                        plgpu.copy_gmem_to_smem(
+                            source.at[b, rows, work.head], smem.at[i], rows_ring.filled.at[0]
+                        )
+
+            def fill(t, _):
+                step = begun + t
+                slot = k_ring.slot(step)
+                begins = stream.starts(columns, cols, (work.pattern_head, r), count, t)
+                bring = lambda source, smem, ring: stream.copy(
+                    columns, begins, source, smem.at[slot], ring.filled.at[slot]
+                )
+                k_ring.reserve(step)
+                bring(lambda rows: k.at[b, rows, kv_head], k_smem, k_ring)
+                if ids_smem is not None:
+                    bring(lambda rows: self.lists.kv_ids.at[b, rows], ids_smem, k_ring)
+                v_ring.reserve(step)
+                bring(lambda rows: v.at[b, rows, kv_head], v_smem, v_ring)
+
+            lax.fori_loop(0, steps, fill, None)
+            return done + jnp.where(work.there, 1, 0), begun + steps
+
+        done, steps = self.each(fill_tile, (jnp.int32(0), jnp.int32(0)))
+        rows_ring.drain(done)
+        k_ring.drain(steps)
+        v_ring.drain(steps)
+
+    def mask(self, work: QueryTile, wg):
+        """`find(tile)`, to be read early, and `kept(found, ids of the tile)` for a warpgroup."""
+        x, lists = self.problem, self.lists
+        row_in_tile = wg * WG_ROWS
+        first_row = jnp.maximum(work.row, 0) * ROWS + row_in_tile
+        at, count = (work.pattern_head, work.row), jnp.maximum(work.count, 0)
+        row_ids = None
+        if x.ids:
+            rows = pl.ds(first_row, WG_ROWS)
+            row_ids = plgpu.load(lists.q_ids.at[work.sample, rows], layout=ROW, optimized=False)
+
+        def find(tile):
+            return masks.pieces(
+                self.columns, lists.cols, lists.bits, at, count, tile, row_in_tile, x.block_q
+            )
+
+        def kept(found, ids_ref):
+            ids = (row_ids, plgpu.load(ids_ref, layout=COL)) if x.ids else None
+            return masks.keep(self.columns, found, first_row, x.block_q, ids)
+
+        return find, kept

@@ -1,0 +1,35 @@
+"""How the copying warpgroup brings tiles of listed columns to shared memory."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsax.pallas.block_sparse.problem import Columns
+
+
+def starts(columns: Columns, cols_ref, index, count, tile) -> list[Any]:
+    """First column of each piece of a tile; past the list's end the last block, to be masked."""
+    entries = (columns.entry(tile, piece) for piece in range(columns.gather))
+    return [
+        columns.position(cols_ref[(*index, jnp.minimum(entry, count - 1))], tile)
+        for entry in entries
+    ]
+
+
+def copy(columns: Columns, begins, source, slot_ref, filled) -> None:
+    """Starts the copies of a tile's pieces; `source` gives the memory of a run of columns."""
+    for piece, begin in enumerate(begins):
+        part = slot_ref.at[pl.ds(piece * columns.width, columns.width)]
+        plgpu.copy_gmem_to_smem(source(pl.ds(begin, columns.width)), part, filled)
+
+
+def walk(full, last, columns: Columns, masked: bool, first, visit, carry):
+    """Visits tiles `first` to `last` of a list: `visit(tile, partial, carry)`."""
+    end = jnp.clip(columns.full_tiles(full), first, last) if masked else last
+    carry = lax.fori_loop(first, end, lambda i, c: visit(i, False, c), carry)
+    if masked:
+        carry = lax.fori_loop(end, last, lambda i, c: visit(i, True, c), carry)
+    return carry

@@ -1,0 +1,220 @@
+"""The few idioms of a Hopper kernel that every kernel here shares.
+
+Thread "wg" of a kernel is a warpgroup: `COMPUTE` of them multiply, the last one only copies tiles
+to shared memory. Everything that GPU interpret mode cannot run the way the hardware does is in
+`TensorCores`, and nowhere else.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+COMPUTE = 2  # warpgroups that multiply
+WG_ROWS = 64  # rows of one of them
+ACC = plgpu.WGMMAAccumulatorRef
+LANES = 4  # float32 values that a thread loads at once
+LOG2E = math.log2(math.e)
+MATRIX = plgpu.Layout.WGMMA
+ROW, COL = MATRIX.reduce(1), MATRIX.reduce(0)  # a value per row, per column of a matrix
+
+
+def shared(shape: tuple[int, ...], dtype) -> Any:
+    """Shared memory laid out as matrix instructions and tile copies want it.
+
+    Lines of 64 bytes where 128 do not divide the features, and for 256 features, whose tiles have
+    fewer rows than a line of 128 bytes has elements.
+    """
+    lines = 128 if shape[-1] in (64, 128) else 64
+    columns = lines // jnp.dtype(dtype).itemsize
+    return tiled(shape, dtype, columns, lines)
+
+
+def tiled(shape: tuple[int, ...], dtype, columns: int, lines: int) -> Any:
+    """Shared memory in tiles of 8 x `columns`, swizzled over lines of so many bytes."""
+    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(lines)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+
+
+def zeros(shape: tuple[int, ...], layout) -> jax.Array:
+    """Float32 zeros in a layout."""
+    return full(shape, 0.0, layout)
+
+
+def full(shape: tuple[int, ...], value: float, layout) -> jax.Array:
+    """A float32 value everywhere, in a layout."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def per_row(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A value per row, as wide as the matrix."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def per_col(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A value per column, as high as the matrix."""
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Slots of shared memory that the copying warpgroup fills and the computing ones empty."""
+
+    bars: tuple[Any, Any]  # barriers of filled and of emptied slots, one per slot each
+    slots: int
+
+    @property
+    def filled(self) -> Any:
+        """Barriers that the copies into each slot arrive at."""
+        return self.bars[0]
+
+    @staticmethod
+    def barriers(slots: int, copies: int) -> tuple[Any, Any]:
+        """The barriers of a ring whose slots take that many copies to fill."""
+        filled = plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
+        return filled, plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots)
+
+    def slot(self, step):
+        """The slot that a step uses."""
+        return lax.rem(step, jnp.int32(self.slots))
+
+    def reserve(self, step) -> None:
+        """Waits until the slot of this step may be overwritten."""
+
+        @pl.when(step >= self.slots)
+        def _():
+            plgpu.barrier_wait(self.bars[1].at[self.slot(step)])
+
+    def wait(self, step) -> None:
+        """Waits until the slot of this step has arrived."""
+        plgpu.barrier_wait(self.bars[0].at[self.slot(step)])
+
+    def release(self, step) -> None:
+        """Gives the slot of this step back."""
+        plgpu.barrier_arrive(self.bars[1].at[self.slot(step)])
+
+    def drain(self, steps) -> None:
+        """Waits for the releases that no later step has waited for."""
+
+        def last(step, _):
+            plgpu.barrier_wait(self.bars[1].at[self.slot(step)])
+
+        lax.fori_loop(jnp.maximum(steps - self.slots, 0), steps, last, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """Lets the computing warpgroups start their products in turn, so that they fall out of step.
+
+    In step, both would wait for the tensor cores and then both for the exponentials; one behind
+    the other, the products of one run beside the exponentials of the other ("ping-pong" in
+    FlashAttention-3, section 3.1). Every warpgroup must take the same number of turns.
+    """
+
+    barriers: Any  # one per warpgroup; None to let them run as they may
+    wg: Any
+
+    @staticmethod
+    def barrier(wanted: bool) -> Any:
+        """The barriers of the turns, or None."""
+        return plgpu.Barrier(num_arrivals=1, num_barriers=COMPUTE) if wanted else None
+
+    def open(self) -> None:
+        """Gives the first turn to the first warpgroup."""
+        if self.barriers is not None:
+            pl.when(self.wg == 1)(lambda: plgpu.barrier_arrive(self.barriers.at[0]))
+
+    def take(self) -> None:
+        """Waits for this warpgroup's turn."""
+        if self.barriers is not None:
+            plgpu.barrier_wait(self.barriers.at[self.wg])
+
+    def give(self) -> None:
+        """Lets the other warpgroup start its products."""
+        if self.barriers is not None:
+            plgpu.barrier_arrive(self.barriers.at[1 - self.wg])
+
+    def close(self) -> None:
+        """Takes the turn that nobody is left to take."""
+        if self.barriers is not None:
+            pl.when(self.wg == 0)(lambda: plgpu.barrier_wait(self.barriers.at[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorCores:
+    """Matrix products of tiles in shared memory, asynchronous on the hardware.
+
+    Interpret mode has neither left operands in registers nor stores to accumulators; there the
+    products are plain dots that are done at once, which hides nothing but the overlap.
+    """
+
+    interpret: bool
+
+    def start(
+        self,
+        products: list[tuple[Any, Any, Any]],
+        then: Callable[..., Any],
+        started: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """Starts `acc + a @ b` for each `(acc or None, a, b)`, in order, then `started`, `then`.
+
+        `then(*waits)` gets one function per product that waits for it *and those before it* and
+        returns its value; its argument tells how many products were started since by others.
+        a: shared memory or registers; b: shared memory.
+        """
+        if self.interpret:
+            values = [_dot(*product) for product in products]
+            started()
+            return then(*(lambda since=0, value=value: value for value in values))
+
+        def wait(number, acc, since=0):
+            behind = len(products) - 1 - number + since
+            return plgpu.wgmma_accumulator_load(acc, wait_n=behind)
+
+        shapes = [(a.shape[0], b.shape[1]) for _, a, b in products]
+
+        def run(*accs):
+            for acc_ref, (acc, _, _) in zip(accs, products, strict=True):
+                if acc is not None:
+                    acc_ref[...] = acc
+            for acc_ref, (_, a, b) in zip(accs, products, strict=True):
+                plgpu.wgmma(acc_ref, a, b)
+            started()
+            return then(*(functools.partial(wait, *pair) for pair in enumerate(accs)))
+
+        return pl.run_scoped(run, *(ACC(shape, jnp.float32) for shape in shapes))
+
+    def before_release(self) -> None:
+        """Orders generic reads of a slot, which only interpret mode makes, before its refill."""
+        if self.interpret:
+            plgpu.commit_smem()
+
+
+def _dot(acc, a, b):
+    a = a if isinstance(a, jax.Array) else a[...]
+    value = jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    return value if acc is None else acc + value
+
+
+def launch(kernel, name: str, thread_blocks: int, out_type, interpret, **scratch):
+    """The kernel as a function of its operands, on `thread_blocks` along the axis "item"."""
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(thread_blocks,),
+        grid_names=("item",),
+        num_threads=COMPUTE + 1,
+        thread_name="wg",
+        kernel_name=name,
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )

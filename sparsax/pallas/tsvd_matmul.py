@@ -1,0 +1,240 @@
+"""The fused product with tiled factors: `x u` never leaves the registers.
+
+Li, Choi, Kwon, Ahn, "A Hardware-Friendly Tiled Singular-Value Decomposition-Based Matrix
+Multiplication for Transformer-Based Models" (IEEE CAL 22(2), 2023). The factors of tile (i, j)
+serve output column j alone, so a thread block that owns rows and a column of tiles walks over i,
+`p = x_i u_ij`, `y_j += p v_ij`, and computes nothing twice: flash attention without the softmax.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsax.pallas.hopper import (
+    ACC,
+    COL,
+    COMPUTE,
+    MATRIX,
+    WG_ROWS,
+    Ring,
+    TensorCores,
+    per_col,
+    shared,
+    tiled,
+    zeros,
+)
+from sparsax.pallas.support import DTYPES, on_hopper
+
+ROWS = COMPUTE * WG_ROWS
+SHARED_BYTES = 226 * 1024  # a thread block's, less what barriers need
+RANKS = (32, 64, 96, 128)
+V_STAGES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """What a thread block holds: `depth` rows of u at a time, `width` columns of v and y."""
+
+    depth: int
+    width: int
+    stages: int
+
+    @staticmethod
+    def of(size: int, rank: int, columns: int) -> "Tiling | None":
+        """The tiling for tiles of `size x columns`, or None where the kernel has none."""
+        depth = next((d for d in (128, 64) if size % d == 0), None)
+        if depth is None or rank not in RANKS:
+            return None
+        for width in (256, 128, 64):
+            slot = 2 * depth * (ROWS + rank)
+            free = SHARED_BYTES - 2 * ROWS * width - V_STAGES * 2 * rank * width
+            if columns % width == 0 and free >= 2 * slot:
+                return Tiling(depth, width, min(4, free // slot))
+        return None
+
+
+# Without gradients of their own: JAX's `relu` has one, which kernels cannot lower.
+ACTIVATIONS = {
+    "relu": lambda x: jnp.maximum(x, 0.0),
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
+}
+
+
+def tsvd_refusal(x, u, v, activation: str | None) -> str | None:
+    """Why the kernel cannot take these arrays, forward or for dx; None if it can."""
+    (_, size, _, rank), columns = u.shape, v.shape[3]
+    if str(x.dtype) not in DTYPES:
+        return f"takes x and factors in one of {DTYPES}; got {x.dtype}"
+    if activation not in (None, *ACTIVATIONS):
+        return f"takes activation None or one of {tuple(ACTIVATIONS)}; got {activation!r}"
+    if rank not in RANKS:
+        return f"takes ranks {RANKS}; got {rank}, see TiledFactors.pad_rank(32)"
+    if not (Tiling.of(size, rank, columns) and Tiling.of(columns, rank, size)):
+        return (
+            f"takes tiles in multiples of 64 that fit in shared memory; got {size} x {columns}"
+            + (f" of rank {rank}")
+        )
+    if not on_hopper():
+        return f"needs an NVIDIA Hopper GPU; the default device is {jax.devices()[0].device_kind}"
+    return None
+
+
+def tsvd_forward(x, u, v, bias, *, activation: str | None, interpret=None):
+    """`activation(x w + bias)` `[M, J*C]`, w given by the factors of its tiles."""
+    tiling = Tiling.of(u.shape[1], u.shape[3], v.shape[3])
+    assert tiling is not None
+    rows, apply = x.shape[0], ACTIVATIONS.get(activation or "")
+    x = jnp.pad(x, ((0, -rows % 8), (0, 0)))  # tile copies take whole groups of 8 rows
+    operands = (x, u, v) if bias is None else (x, u, v, bias.astype(jnp.float32))
+    (y,) = forward_kernel(x, u, v, bias is not None, apply, tiling, interpret)(*operands)
+    return y[:rows]
+
+
+def tsvd_backward_x(dy, u, v, *, interpret=None):
+    """The gradient of x, `[M, I*A]`: the same product with the factors of the transposed matrix."""
+    u, v = v.transpose(0, 3, 1, 2), u.transpose(0, 2, 3, 1)
+    return tsvd_forward(dy, u, v, None, activation=None, interpret=interpret)
+
+
+def forward_kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
+    """A function of `(x, u, v, [bias])` that returns `y [M, J*C]`, for arrays of these shapes."""
+    (num_in, size, num_out, rank), columns = u.shape, v.shape[3]
+    depth, width, stages = tiling.depth, tiling.width, tiling.stages
+    chunks, cores = size // depth, TensorCores(interpret is not None)
+    pieces, row_tiles = columns // width, -(-x.shape[0] // ROWS)
+
+    def kernel(*refs, x_smem, u_smem, v_smem, y_smem, u_bars, v_bars):
+        x_ref, u_ref, v_ref, *rest = refs
+        bias_ref = rest.pop(0) if has_bias else None
+        (y_ref,) = rest
+        ring, v_ring = Ring(u_bars, stages), Ring(v_bars, V_STAGES)
+        item = lax.axis_index("column")
+        j, first_col = item // pieces, lax.rem(item, jnp.int32(pieces)) * width
+        first_row = lax.axis_index("rows") * ROWS
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg == COMPUTE)
+        def copy_tiles():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def fill(i, _):
+                for chunk in range(chunks):
+                    step = i * chunks + chunk
+                    slot, inner = ring.slot(step), chunk * depth
+                    ring.reserve(step)
+                    for half in range(COMPUTE):
+                        rows = pl.ds(first_row + half * WG_ROWS, WG_ROWS)
+                        part = x_ref.at[rows, pl.ds(i * size + inner, depth)]
+                        plgpu.copy_gmem_to_smem(part, x_smem.at[slot, half], ring.filled.at[slot])
+                    part = u_ref.at[i, pl.ds(inner, depth), j]
+                    plgpu.copy_gmem_to_smem(part, u_smem.at[slot], ring.filled.at[slot])
+                slot = v_ring.slot(i)
+                v_ring.reserve(i)
+                part = v_ref.at[j, i, :, pl.ds(first_col, width)]
+                plgpu.copy_gmem_to_smem(part, v_smem.at[slot], v_ring.filled.at[slot])
+
+            lax.fori_loop(0, num_in, fill, None)
+            ring.drain(jnp.int32(num_in * chunks))
+            v_ring.drain(jnp.int32(num_in))
+
+        @pl.when(wg < COMPUTE)
+        def multiply():
+            plgpu.set_max_registers(232, action="increase")
+
+            def release(ring, step):
+                cores.before_release()
+                ring.release(step)
+
+            def hidden_tiles(step):
+                ring.wait(step)
+                return x_smem.at[ring.slot(step), wg], u_smem.at[ring.slot(step)]
+
+            def v_tile(i):
+                v_ring.wait(i)
+                return v_smem.at[v_ring.slot(i)]
+
+            def hidden(i):
+                """`x_i u_ij`, when nothing else is in flight."""
+                p = zeros((WG_ROWS, rank), MATRIX)
+                for chunk in range(chunks):
+                    p = cores.start([(p, *hidden_tiles(i * chunks + chunk))], lambda get: get())
+                    release(ring, i * chunks + chunk)
+                return p
+
+            def output(acc, p, i):
+                acc = cores.start([(acc, p, v_tile(i))], lambda get: get())
+                release(v_ring, i)
+                return acc
+
+            def advance(i, carry):
+                """Adds `p v` of tile i - 1 while `x_i u_ij` is on its way."""
+                acc, p = carry
+                if cores.interpret:
+                    acc = output(acc, p, i - 1)
+                    return acc, hidden(i).astype(x.dtype)
+
+                def run(hidden_acc, y_acc):
+                    y_acc[...] = acc
+                    plgpu.wgmma(y_acc, p, v_tile(i - 1))
+                    for chunk in range(chunks):
+                        step = i * chunks + chunk
+                        plgpu.wgmma(hidden_acc, *hidden_tiles(step))
+                        plgpu.wgmma_wait(1)  # done: all but the product just started
+                        previous = (v_ring, i - 1) if chunk == 0 else (ring, step - 1)
+                        release(*previous)
+                    new = plgpu.wgmma_accumulator_load(hidden_acc, wait_n=0)
+                    release(ring, i * chunks + chunks - 1)
+                    return plgpu.wgmma_accumulator_load(y_acc, wait_n=0), new.astype(x.dtype)
+
+                hidden_acc = ACC((WG_ROWS, rank), jnp.float32)
+                return pl.run_scoped(run, hidden_acc, ACC((WG_ROWS, width), jnp.float32))
+
+            carry = zeros((WG_ROWS, width), MATRIX), hidden(jnp.int32(0)).astype(x.dtype)
+            acc, p = lax.fori_loop(1, num_in, advance, carry)
+            acc = output(acc, p, jnp.int32(num_in - 1))
+
+            begin = j * columns + first_col
+            if bias_ref is not None:
+                row = plgpu.load(bias_ref.at[pl.ds(begin, width)], layout=COL, optimized=False)
+                acc = acc + per_col(row, acc.shape)
+            acc = acc if activation is None else activation(acc)
+            y_smem.at[wg][...] = acc.astype(x.dtype)
+            plgpu.commit_smem()
+            rows = pl.ds(first_row + wg * WG_ROWS, WG_ROWS)
+            plgpu.copy_smem_to_gmem(y_smem.at[wg], y_ref.at[rows, pl.ds(begin, width)])
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct((x.shape[0], num_out * columns), x.dtype),),
+        scratch_types={
+            "x_smem": _lined((stages, COMPUTE, WG_ROWS, depth), x.dtype, rank),
+            "u_smem": _lined((stages, depth, rank), x.dtype, rank),
+            "v_smem": _lined((V_STAGES, rank, width), x.dtype, rank if width < 256 else 32),
+            "y_smem": shared((COMPUTE, WG_ROWS, width), x.dtype),
+            "u_bars": Ring.barriers(stages, COMPUTE + 1),
+            "v_bars": Ring.barriers(V_STAGES, 1),
+        },
+        grid=(row_tiles, num_out * pieces),
+        grid_names=("rows", "column"),
+        num_threads=COMPUTE + 1,
+        thread_name="wg",
+        kernel_name="tsvd_matmul",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+
+
+def _lined(shape, dtype, rank: int):
+    """Shared memory for factors and x, in lines as long as the rank admits.
+
+    A matrix instruction wants lines of one length in both operands, which divides what is summed.
+    """
+    columns = 64 if rank % 64 == 0 else 32
+    lines = columns * jnp.dtype(dtype).itemsize
+    return tiled(shape, dtype, columns, lines)

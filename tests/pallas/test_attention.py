@@ -1,0 +1,147 @@
+"""The Hopper kernels against the float32 reference: interpreted here, and on the GPU itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparsax
+from sparsax import block_sparse_attention, pallas
+from sparsax.pallas.block_sparse import attention, schedule
+from sparsax.pallas.block_sparse import config as configs
+from tests.helpers import assert_near
+from tests.pallas.cases import KERNEL_CASES, LARGE, SMALL
+
+name = lambda c: c.name
+# Interpreting a case takes seconds; these few meet every feature of the kernels between them.
+INTERPRETED = KERNEL_CASES + tuple(
+    c
+    for c in SMALL
+    if c.name in ("ragged_zero", "gqa_per_head", "segments_padding_causal", "holes")
+)
+
+
+def value_and_gradients(c, implementation, dtype):
+    """`(o, lse), (dq, dk, dv)` under jit, computed from inputs cast to `dtype`."""
+    inputs = c.inputs()
+    q, k, v, do = (x.astype(dtype) for x in (*inputs[:3], inputs.cotangents[0]))
+
+    @jax.jit
+    def run(q, k, v, pattern, cotangents):
+        attend = lambda q, k, v: block_sparse_attention(
+            q, k, v, pattern, **inputs.options, return_lse=True, implementation=implementation
+        )
+        values, pull = jax.vjp(attend, q, k, v)
+        return values, pull(cotangents)
+
+    return run(q, k, v, inputs.pattern, (do, inputs.cotangents[1]))
+
+
+def check(c):
+    (o, lse), gradients = value_and_gradients(c, "pallas", c.dtype)
+    with jax.default_matmul_precision("highest"):
+        (want_o, want_lse), want = value_and_gradients(c, "reference", "float32")
+    assert (o.dtype, lse.dtype) == (jnp.dtype(c.dtype), jnp.float32)
+    assert_near(o, want_o, c.tolerance.output, "o")
+    assert_near(lse, want_lse, c.tolerance.lse, "lse")
+    for which, got, expected in zip(("dq", "dk", "dv"), gradients, want, strict=True):
+        assert got.dtype == jnp.dtype(c.dtype)
+        assert_near(got, expected, c.tolerance.gradient, which)
+    return (o, lse), gradients
+
+
+@pytest.mark.parametrize("c", INTERPRETED, ids=name)
+def test_interpreted_kernels_match_the_reference_without_races(c):
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # no public way
+
+    with pallas.interpreted(detect_races=True):
+        check(c)
+    assert not interpret_pallas_call.get_races().races_found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("c", KERNEL_CASES + LARGE, ids=name)
+def test_kernels_match_the_reference_and_repeat_their_bits(c):
+    first, again = check(c), value_and_gradients(c, "pallas", c.dtype)
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_split_rows_add_up_interpreted(monkeypatch):
+    # On a GPU this small every column of the cross is long: it is cut, and its parts are added.
+    monkeypatch.setattr(schedule, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(attention, "LONG", 1)
+    with pallas.interpreted(detect_races=True):
+        check(next(c for c in KERNEL_CASES if c.name == "h128_mqa"))
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_turns_change_no_bit(turns, monkeypatch):
+    c = next(c for c in KERNEL_CASES if c.name == "h32")
+    table = {h: config.with_turns(turns) for h, config in configs.TABLE.items()}
+    monkeypatch.setattr(configs, "TABLE", table)
+    with pallas.interpreted(detect_races=True):
+        check(c)
+
+
+def test_vmap_is_a_longer_batch():
+    q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 1, 128, 2, 32), jnp.float16)
+    pattern = sparsax.patterns.causal(128, block=64)
+
+    def gradients(q, k, v):
+        attend = lambda *x: block_sparse_attention(
+            *x, pattern, causal=True, implementation="pallas"
+        )
+        o, pull = jax.vjp(attend, q, k, v)
+        return o, pull(o)
+
+    with pallas.interpreted():
+        batched = jax.jit(jax.vmap(gradients))(q, k, v)
+        joined = jax.jit(gradients)(*(x[:, 0] for x in (q, k, v)))
+    for x, y in zip(jax.tree.leaves(batched), jax.tree.leaves(joined), strict=True):
+        np.testing.assert_array_equal(np.asarray(x[:, 0]), np.asarray(y))
+
+
+def test_an_invalid_head_is_nan_and_only_that():
+    pattern = sparsax.BlockPattern.from_block_mask(np.ones((2, 2, 2), bool), q_len=256, block_q=128)
+    q = jax.random.normal(jax.random.key(0), (1, 256, 2, 64), jnp.bfloat16)
+    run = lambda q, bad: jax.vjp(
+        lambda q: block_sparse_attention(q, q, q, pattern.invalidate(bad), implementation="pallas"),
+        q,
+    )
+
+    def value_and_gradient(q, bad):
+        o, pull = run(q, bad)
+        return o, pull(o)[0]
+
+    with pallas.interpreted():
+        for x in jax.jit(value_and_gradient)(q, jnp.array([False, True])):
+            assert np.isfinite(np.asarray(x[:, :, 0], np.float32)).all()
+            assert np.isnan(np.asarray(x[:, :, 1], np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float32"}, r"takes q, k, v in one of .*got float32"),
+        ({"H": 48}, r"takes head features H in .*got H=48"),
+        ({"block_q": 16}, r"takes pattern blocks of .*got 16 x 128"),
+    ],
+)
+def test_what_the_kernels_cannot_do_names_what_can(change, message):
+    shape = {"dtype": "bfloat16", "H": 64, "block_q": 128, "block_kv": 128} | change
+    q = jnp.zeros((1, 256, 2, shape["H"]), shape["dtype"])
+    pattern = sparsax.BlockPattern.from_block_mask(
+        np.ones((256 // shape["block_q"], 2), bool), q_len=256, block_q=shape["block_q"],
+        kv_len=256, block_kv=shape["block_kv"],
+    )  # fmt: skip
+    with pallas.lowering(), pytest.raises(NotImplementedError, match=message + ".*'xla' runs"):
+        block_sparse_attention(q, q, q, pattern, implementation="pallas")
+
+
+@pytest.mark.skipif(pallas.on_hopper(), reason="the kernels do run here")
+def test_without_a_gpu_the_kernels_refuse():
+    q = jnp.zeros((1, 256, 2, 64), jnp.bfloat16)
+    pattern = sparsax.patterns.causal(256, block=128)
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA Hopper GPU"):
+        block_sparse_attention(q, q, q, pattern, implementation="pallas")

@@ -1,0 +1,88 @@
+"""The kernels lower for CUDA over the whole configuration matrix, on a machine without a GPU."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparsax
+from sparsax import pallas
+
+MATRIX = [
+    *itertools.product((32, 64, 96, 128, 256), (32, 64, 128), ["bfloat16"]),
+    *itertools.product((64, 128), [128], ["float16"]),
+]
+
+
+@pytest.mark.parametrize(("features", "block", "dtype"), MATRIX)
+@pytest.mark.parametrize("masks", [False, True])
+def test_attention_and_its_gradient_lower(features, block, dtype, masks):
+    pattern = sparsax.patterns.bigbird(1000, block=block)
+    options = {"causal": True, "pruned": "zero", "window": (300, None)} if masks else {}
+
+    def loss(q, k, v, pattern, key_mask):
+        if masks:
+            options["key_mask"] = key_mask
+        o = sparsax.block_sparse_attention(q, k, v, pattern, **options, implementation="pallas")
+        return o.astype(jnp.float32).sum()
+
+    q = jax.ShapeDtypeStruct((2, 1000, 4, features), dtype)
+    k = jax.ShapeDtypeStruct((2, 1000, 2, features), dtype)
+    key_mask = jax.ShapeDtypeStruct((2, 1000), bool)
+    with pallas.lowering():
+        step = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, pattern, key_mask)
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    halves = 2 if features == 256 else 1  # of dk and dv
+    combine = halves if 1000 / block > 31 else 0  # lists long enough to be split
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2 + halves + combine
+
+
+def in_a_scan_with_remat(q, k, v, patterns):
+    def layer(x, pattern):
+        o = sparsax.block_sparse_attention(x, k, v, pattern, implementation="pallas")
+        return x + o, None
+
+    return jax.lax.scan(jax.checkpoint(layer), q, patterns)[0].astype(jnp.float32).sum()
+
+
+def sharded(q, k, v, pattern):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("batch", "head"))
+    spec = jax.sharding.PartitionSpec("batch", None, "head")
+    attend = lambda *x: sparsax.block_sparse_attention(*x, implementation="pallas")
+    none = jax.sharding.PartitionSpec()
+    split = jax.shard_map(attend, mesh=mesh, in_specs=(spec, spec, spec, none), out_specs=spec)
+    return split(q, k, v, pattern).astype(jnp.float32).sum()
+
+
+def over_a_batch_of_patterns(q, k, v, patterns):
+    attend = lambda pattern: sparsax.block_sparse_attention(
+        q, k, v, pattern, implementation="pallas"
+    )
+    return jax.vmap(attend)(patterns).astype(jnp.float32).sum()
+
+
+@pytest.mark.parametrize("loss", [in_a_scan_with_remat, sharded, over_a_batch_of_patterns])
+def test_gradients_lower_within_transformations(loss):
+    pattern = sparsax.patterns.bigbird(8192, block=128)  # long enough for rows to be split
+    if loss is not sharded:
+        pattern = sparsax.BlockPattern.stack([pattern, sparsax.patterns.causal(8192, block=128)])
+    q = jax.ShapeDtypeStruct((2, 8192, 4, 64), jnp.bfloat16)
+    with pallas.lowering():
+        step = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, q, q, pattern)
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+def test_many_samples_lower_without_splits():
+    pattern = sparsax.patterns.bigbird(4096, block=128)
+    q = jax.ShapeDtypeStruct((64, 4096, 8, 64), jnp.bfloat16)
+
+    def loss(q):
+        o = sparsax.block_sparse_attention(q, q, q, pattern, implementation="pallas")
+        return o.astype(jnp.float32).sum()
+
+    with pallas.lowering():
+        text = jax.jit(jax.grad(loss)).trace(q).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 3

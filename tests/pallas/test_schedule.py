@@ -1,0 +1,120 @@
+"""The lists and the schedule of the kernels, against plain Python."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparsax
+from sparsax.layouts import INVALID
+from sparsax.pallas.block_sparse import schedule as schedules
+from sparsax.pallas.block_sparse.schedule import Schedule
+from sparsax.pallas.block_sparse.tiles import ROWS, Bounds, tile_lists
+
+
+@pytest.mark.parametrize(("block_q", "block_kv"), list(itertools.product((32, 64, 128), repeat=2)))
+@pytest.mark.parametrize(("before", "after"), [(None, None), (None, 0), (150, 40)])
+def test_tiles_list_what_their_rows_list_and_know_what_needs_no_mask(
+    block_q, block_kv, before, after
+):
+    q_len, kv_len, heads = 450, 330, 2
+    rng = np.random.default_rng(block_q + block_kv)
+    blocks = rng.random((heads, -(-q_len // block_q), -(-kv_len // block_kv))) < 0.6
+    pattern = sparsax.BlockPattern.from_block_mask(
+        blocks, q_len=q_len, block_q=block_q, kv_len=kv_len, block_kv=block_kv
+    )
+    bounds = Bounds(q_len, kv_len, before, after, mask_tail=True, ids=False)
+    lists = tile_lists(pattern.kv_num_blocks, pattern.kv_indices, bounds, block_q, block_kv)
+    gap = np.arange(kv_len) - np.arange(q_len)[:, None]
+    attend = np.asarray(pattern.to_mask()).copy()
+    attend &= (gap >= -before) if before is not None else True
+    attend &= (gap <= after) if after is not None else True
+    per_tile = ROWS // block_q
+    for p, r in np.ndindex(*lists.count.shape):
+        count, full = int(lists.count[p, r]), int(lists.full[p, r])
+        cols = np.asarray(lists.cols[p, r, :count])
+        rows = blocks[p, r * per_tile : (r + 1) * per_tile]
+        assert sorted(cols) == np.flatnonzero(rows.any(0)).tolist()
+        for slot, col in enumerate(cols):
+            pairs = attend[p, r * ROWS : (r + 1) * ROWS, col * block_kv : (col + 1) * block_kv]
+            whole = pairs.all() and (col + 1) * block_kv <= kv_len
+            assert (slot < full) == whole
+            if lists.bits is not None:
+                bits = int(lists.bits[p, r, slot])
+                assert [bits >> i & 1 for i in range(len(rows))] == rows[:, col].tolist()
+
+
+def test_an_invalid_row_block_makes_its_tile_invalid():
+    counts, lists = jnp.array([[2, 1, INVALID, 1]]), jnp.array([[[0, 1]] * 4])
+    bounds = Bounds(256, 128, None, None, mask_tail=True, ids=False)
+    tiles = tile_lists(counts, lists, bounds, 64, 64)
+    assert tiles.count.tolist() == [[2, INVALID]]
+    assert tiles.full.tolist() == [[1, 0]]
+
+
+works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=60)
+
+
+@settings(deadline=None, max_examples=25)
+@given(work=works, owners=st.integers(1, 3), copies=st.integers(1, 4), split=st.booleans())
+def test_every_tile_of_every_row_and_copy_is_done_exactly_once(work, owners, copies, split):
+    work = np.resize(np.array(work, np.int32), (owners, len(work)))
+    plan = Schedule(owners, work.shape[1], copies, split)
+    table, splits = plan.table(jnp.asarray(work), jnp.asarray(work + 7))
+    table = np.asarray(table)
+    done = [[] for _ in range(work.size * copies)]
+    items = [
+        plan.read(np.int32(block), np.int32(slot), table, 1)
+        for block in range(plan.thread_blocks)
+        for slot in range(plan.size + 1)
+    ]
+    parts = {}
+    for item in items:
+        row, first, last, part = (int(x) for x in (item.row, item.first, item.last, item.part))
+        if row < 0:
+            assert first == last or int(item.last) == int(item.first)
+            continue
+        flat = int(item.owner) * work.shape[1] + row
+        assert int(item.extra[0]) == work.ravel()[flat] + 7
+        done[flat * copies + int(item.copy)].append((first, last, part))
+        parts.setdefault((part, int(item.copy)), []).append(flat)
+    for index, pieces in enumerate(done):
+        pieces = sorted(pieces)
+        ends = [0, *(last for _, last, _ in pieces)]
+        assert [first for first, _, _ in pieces] == ends[:-1]
+        assert ends[-1] == work.ravel()[index // copies]
+        assert (len(pieces) > 1) == (pieces[0][2] >= 0)
+    assert all(len(rows) == 1 for (part, _), rows in parts.items() if part >= 0)
+    if split:
+        listed = {int(row): (int(a), int(n)) for row, a, n in np.asarray(splits).T if n > 0}
+        assert listed == {
+            flat: (pieces[0][2], len(pieces))
+            for flat, pieces in ((i // copies, sorted(d)) for i, d in enumerate(done))
+            if len(pieces) > 1
+        }
+
+
+def test_long_rows_start_first_and_no_item_outlasts_its_share():
+    work = np.full((16, 128), 9, np.int32)
+    work[:, [5, 90]] = 128
+    plain, split = Schedule(16, 128, 1), Schedule(16, 128, 1, split=True)
+    read = lambda plan, block: plan.read(np.int32(block), np.int32(0), table, 0)
+    table = np.asarray(plain.table(jnp.asarray(work))[0])
+    assert {int(read(plain, block).row) for block in range(32)} == {5, 90}
+    few = Schedule(1, 128, 1, split=True)
+    table = np.asarray(few.table(jnp.asarray(work[:1]))[0])
+    share = -(-work[0].sum() // (schedules.WAVES * schedules.MULTIPROCESSORS))
+    spans = [read(few, block) for block in range(few.thread_blocks)]
+    assert max(int(item.last) - int(item.first) for item in spans) <= share
+    assert split.thread_blocks > 0
+
+
+def test_copies_that_keep_the_gpu_busy_leave_rows_whole():
+    plan = Schedule(1, 64, 300, split=True)
+    work = jnp.full((1, 64), 5).at[0, 3].set(4000)
+    table, splits = plan.table(work)
+    assert (plan.extra, plan.parts, splits) == (0, 0, None)
+    assert table.shape == (1 + 4 * 64,)
