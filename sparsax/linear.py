@@ -1,0 +1,178 @@
+"""Dense layers with factored matrices: arguments, which implementation runs, the gradient."""
+
+import typing
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparsax import checks, pallas, reference, xla
+from sparsax.lowrank import CommonFactors, TiledFactors
+from sparsax.typing import Implementation
+
+Activation = typing.Literal["relu", "silu", "gelu", "gelu_exact"]
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,  # the tanh form, as `jax.nn.gelu` and `flax.nnx.gelu`
+    "gelu_exact": partial(jax.nn.gelu, approximate=False),
+}
+
+
+def tsvd_matmul(
+    x: Float[Array, "*B D"],
+    factors: TiledFactors,
+    bias: Float[Array, " F"] | None = None,
+    activation: Activation | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*B F"]:
+    """`activation(x w + bias)` where w is given by the factors of its tiles.
+
+    Work and weight traffic are those of the factors. The backward pass computes the product
+    `x u` again instead of storing it, so what is kept for it is x (and the values before an
+    activation). Differentiable in x, the factors and the bias; works under jit, vmap, scan and
+    shard_map, where rows, columns of tiles (J) or rows of tiles (I, then sum y) may be sharded.
+
+    Args:
+        x: inputs `[*B, D]`, float32, bfloat16 or float16; sums are float32.
+        factors: from `sparsax.tsvd`, in x's dtype (see `TiledFactors.astype`).
+        bias: `[F]`.
+        activation: "relu", "silu", "gelu" (tanh), "gelu_exact", or None.
+        implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs:
+            y and dx by one fused kernel that stores no `x u`; bfloat16 or float16, tiles in
+            multiples of 64, ranks 32, 64, 96 or 128, see `TiledFactors.pad_rank`), or None for
+            "xla". A name runs or raises.
+
+    Returns:
+        `[*B, F]` in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or a name are wrong.
+        NotImplementedError: the named implementation cannot do this.
+
+    Source: Li et al., "A Hardware-Friendly Tiled Singular-Value Decomposition-Based Matrix
+    Multiplication for Transformer-Based Models" (IEEE CAL 22(2), 2023).
+
+    Example:
+        >>> import jax
+        >>> import sparsax
+        >>> w, x = jax.random.normal(jax.random.key(0), (2, 64, 64))
+        >>> factors = sparsax.tsvd(w, tile=32, rank=32)
+        >>> bool(abs(sparsax.tsvd_matmul(x, factors) - x @ w).max() < 1e-3)
+        True
+    """
+    checks.linear_inputs(x, factors, TiledFactors, bias)
+    return _apply(x, factors, bias, activation, implementation)
+
+
+def tsvd_common_matmul(
+    x: Float[Array, "*B D"],
+    factors: CommonFactors,
+    bias: Float[Array, " F"] | None = None,
+    activation: Activation | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*B F"]:
+    """`activation(x w + bias)` where the tiles of w share one factor.
+
+    One dense matmul and one with a tiny matrix. Arguments, result and errors are those of
+    `tsvd_matmul`. Take the gradient of `factors.common` alone to fine-tune: the larger gradient of
+    the tiles is then not computed.
+
+    Example:
+        >>> import jax
+        >>> import sparsax
+        >>> w, x = jax.random.normal(jax.random.key(0), (2, 64, 64))
+        >>> factors = sparsax.tsvd_common(w, tile=16, rank=8)
+        >>> sparsax.tsvd_common_matmul(x, factors, activation="relu").shape
+        (64, 64)
+    """
+    checks.linear_inputs(x, factors, CommonFactors, bias)
+    return _apply(x, factors, bias, activation, implementation)
+
+
+class _Call(typing.NamedTuple):
+    """The static part of a call; `side` is None for tiles with factors of their own."""
+
+    side: str | None
+    activation: str | None
+    kernel: bool
+    interpret: typing.Any
+
+
+def _apply(x, factors, bias, activation, implementation):
+    checks.one_of("activation", activation, (None, *ACTIVATIONS))
+    checks.one_of("implementation", implementation, (None, *checks.IMPLEMENTATIONS))
+    if isinstance(factors, TiledFactors):
+        first, second, side = factors.u, factors.v, None
+        pad_in, pad_out = factors.pad_in, factors.pad_out
+    else:
+        first, second, side = factors.tiles, factors.common, factors.side
+        pad_in, pad_out = (0, factors.pad) if side == "right" else (factors.pad, 0)
+    interpret = None
+    if implementation == "pallas":
+        refusal = "has no kernel for common factors, which are two dense matmuls"
+        if side is None:
+            refusal = pallas.tsvd_refusal(x, first, second, activation)
+        checks.kernel_runs(refusal)
+        interpret = pallas.interpret()
+    rows = jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, pad_in)))
+    bias = None if bias is None else jnp.pad(bias, (0, pad_out))
+    if implementation == "reference":
+        options: dict[str, typing.Any] = {"activation": ACTIVATIONS.get(activation)}
+        if side is None:
+            y = reference.tsvd_matmul(rows, first, second, bias, **options)
+        else:
+            y = reference.tsvd_common_matmul(rows, first, second, bias, side=side, **options)
+    else:
+        call = _Call(side, activation, implementation == "pallas", interpret)
+        arrays = xla.vary_alike((rows, first, second, bias))
+        y = typing.cast(jax.Array, _linear(call, *arrays))
+    y = y.astype(x.dtype)
+    out = factors.out_features  # what pads the product's columns is cut off
+    return y[:, :out].reshape(*x.shape[:-1], out)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(call: _Call, x, first, second, bias):
+    return _forward(call, x, first, second, bias)[0]
+
+
+def _forward(call, x, first, second, bias):
+    if call.kernel:
+        named = {"activation": call.activation, "interpret": call.interpret}
+        return pallas.tsvd_forward(x, first, second, bias, **named), None
+    options: dict[str, typing.Any] = {"activation": ACTIVATIONS.get(call.activation)}
+    if call.side is None:
+        return xla.tsvd_forward(x, first, second, bias, **options), None
+    return xla.tsvd_common_forward(x, first, second, bias, side=call.side, **options)
+
+
+def _linear_fwd(call, x, first, second, bias):
+    # The gradient of an activation needs the values before it, so it runs apart here.
+    z, p = _forward(call._replace(activation=None), x, first, second, bias)
+    y, kept = z, None
+    if call.activation is not None:
+        y, kept = ACTIVATIONS[call.activation](z.astype(jnp.float32)).astype(z.dtype), z
+    return y, (x, first, second, bias, kept, p)
+
+
+def _linear_bwd(call, residuals, dy):
+    x, first, second, bias, z, p = residuals
+    if z is not None:
+        _, pull = jax.vjp(ACTIVATIONS[call.activation], z.astype(jnp.float32))
+        dy = pull(dy.astype(jnp.float32))[0].astype(x.dtype)
+    if call.side is None:
+        dx, dfirst, dsecond = xla.tsvd_backward(x, first, second, dy)
+        if call.kernel:  # the gradients of the factors are plain batched matmuls everywhere
+            dx = pallas.tsvd_backward_x(dy, first, second, interpret=call.interpret)
+    else:
+        dx, dfirst, dsecond = xla.tsvd_common_backward(x, p, first, second, dy, side=call.side)
+    dbias = None if bias is None else dy.sum(0, dtype=jnp.float32).astype(bias.dtype)
+    return dx, dfirst, dsecond, dbias
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)

@@ -1,0 +1,164 @@
+"""BERT's encoder, which reads the weights of published models."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsax.typing import ArrayLike
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """Sizes of a BERT, by the names of its `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+
+
+class BertLayer(nnx.Module):
+    """Self-attention and a GELU feed-forward layer, each followed by a LayerNorm."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        features, hidden = config.hidden_size, config.intermediate_size
+        norm = lambda: nnx.LayerNorm(features, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.query, self.key, self.value, self.out = (
+            nnx.Linear(features, features, rngs=rngs) for _ in range(4)
+        )
+        self.norm1 = norm()
+        self.up = nnx.Linear(features, hidden, rngs=rngs)
+        self.down = nnx.Linear(hidden, features, rngs=rngs)
+        self.norm2 = norm()
+        self.num_heads = config.num_attention_heads
+
+    def __call__(
+        self, x: Float[Array, "B T D"], key_mask: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Maps `x` to the same shape; `key_mask` is False at padding."""
+        heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)
+        q, k, v = (heads(linear(x)) for linear in (self.query, self.key, self.value))
+        o = jax.nn.dot_product_attention(q, k, v, mask=key_mask[:, None, None, :])
+        x = self.norm1(x + self.out(o.reshape(x.shape)))
+        return self.norm2(x + self.down(nnx.gelu(self.up(x), approximate=False)))
+
+
+class Bert(nnx.Module):
+    """BERT without its pooling layer: `tokens [B, T]` to features `[B, T, D]`.
+
+    Its dense layers are `layers.I.query`, `key`, `value`, `out`, `up` and `down`.
+
+    Source: Devlin et al., "BERT" (arXiv 1810.04805), section 3.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from sparsax.nn import Bert, BertConfig
+        >>> config = BertConfig(
+        ...     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...     num_attention_heads=4, max_position_embeddings=16,
+        ... )
+        >>> model = Bert(config, rngs=nnx.Rngs(0))
+        >>> tokens = jnp.ones((3, 8), int)
+        >>> model.sentences(tokens, tokens > 0).shape
+        (3, 32)
+    """
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+        embed = lambda count: nnx.Embed(count, config.hidden_size, rngs=rngs)
+        self.tokens = embed(config.vocab_size)
+        self.positions = embed(config.max_position_embeddings)
+        self.types = embed(config.type_vocab_size)
+        self.norm = nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.layers = nnx.List(
+            [BertLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)]
+        )
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], key_mask: Bool[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Features of every token; `key_mask` is False at padding."""
+        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        x = self.norm(x + self.types(jnp.zeros((), int)))
+        for layer in self.layers:
+            x = layer(x, key_mask)
+        return x
+
+    def sentences(
+        self, tokens: Int[Array, "B T"], key_mask: Bool[Array, "B T"]
+    ) -> Float[Array, "B D"]:
+        """Sentence embeddings of length 1: the mean over the features of real tokens.
+
+        Source: Reimers and Gurevych, "Sentence-BERT" (arXiv 1908.10084), section 3.
+        """
+        x = jnp.where(key_mask[..., None], self(tokens, key_mask), 0.0).sum(1)
+        x = x / jnp.maximum(key_mask.sum(1, keepdims=True), 1)
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike) -> "Bert":
+        """The published model in a folder with `config.json` and `model.safetensors`.
+
+        Needs the `safetensors` extra.
+
+        Raises:
+            FileNotFoundError: one of the files is missing.
+            ValueError: it is no BERT of the kind that this module computes, or weights are missing.
+        """
+        from safetensors.numpy import load_file
+
+        fields = json.loads((Path(folder) / "config.json").read_text())
+        kind = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+        if odd := {k: fields[k] for k, value in kind.items() if fields.get(k, value) != value}:
+            raise ValueError(f"config.json must describe {kind}; got {odd}.")
+        names = [field.name for field in dataclasses.fields(BertConfig)]
+        config = BertConfig(**{name: fields[name] for name in names if name in fields})
+        # Abstract until the weights are there: no random numbers for what is read anyway.
+        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
+        state = nnx.to_flat_state(nnx.state(model))
+        weights = load_file(Path(folder) / "model.safetensors")
+        read = [(path, old.replace(_weight(weights, path, old.shape))) for path, old in state]
+        nnx.update(model, nnx.from_flat_state(read))
+        return model
+
+
+# Where a module's weights stand in a published model.
+_PREFIXES = {
+    "tokens": "embeddings.word_embeddings",
+    "positions": "embeddings.position_embeddings",
+    "types": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "out": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+
+
+def _weight(weights: Mapping[str, ArrayLike], path: tuple, shape: tuple[int, ...]) -> Array:
+    *layer, module, leaf = path
+    prefix = f"encoder.layer.{layer[1]}." if layer else ""
+    name = f"{prefix}{_PREFIXES[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+    name = name if name in weights else f"bert.{name}"
+    if name not in weights:
+        raise ValueError(f"the weights must hold {name.removeprefix('bert.')!r}; it is missing.")
+    weight = weights[name]
+    weight = weight.T if leaf == "kernel" else weight  # PyTorch stores [F, D]
+    if weight.shape != shape:
+        raise ValueError(f"{name!r} must be {shape} by config.json; got {tuple(weight.shape)}.")
+    return jnp.asarray(weight, jnp.float32)
