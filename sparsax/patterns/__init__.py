@@ -1,5 +1,6 @@
-"""Who attends to whom: everything here returns a `BlockPattern`."""
+"""Who attends to whom: returns a `BlockPattern`, or a `CompoundPattern` in `compound`."""
 
+from sparsax.patterns import compound as compound
 from sparsax.patterns import spion as spion
 from sparsax.patterns.static import bigbird as bigbird
 from sparsax.patterns.static import causal as causal
