@@ -1,0 +1,184 @@
+"""Finds the tilings of the block-sparse kernels on this machine's Hopper GPU.
+
+    python benchmarks/tune_attention_gpu.py
+
+For each head dim it times every candidate of the three kernels by the profiler, on a SPION-like
+pattern of density 0.1 and on the full one, and prints the lines of `TABLE` in
+`sparsax/pallas/block_sparse/config.py`. A candidate whose result differs from the first one's by
+more than rounding is an error. bfloat16, 16 heads, blocks of 128.
+"""
+
+import argparse
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gpu import BLOCK, kernels, spion_like
+from harness import save
+
+import sparsax
+from sparsax.pallas.block_sparse import attention
+from sparsax.pallas.block_sparse.config import TABLE, Config, Tiling
+
+# (tile, slots) that fit in shared memory, by head dim.
+FORWARD = {
+    32: [(128, 4), (128, 6)],
+    64: [(128, 4), (128, 3), (64, 6)],
+    96: [(128, 2), (64, 4)],
+    128: [(128, 2), (64, 4)],
+    256: [(64, 2), (32, 2)],
+}
+DQ = {
+    32: [(128, 4), (64, 6)],
+    64: [(64, 6), (128, 3), (64, 4)],
+    96: [(64, 4), (64, 3)],
+    128: [(64, 4), (64, 3)],
+    256: [(32, 2)],
+}
+DKV = {
+    32: [(128, 4), (64, 6)],
+    64: [(64, 4), (128, 3), (64, 6)],
+    96: [(64, 4), (64, 3)],
+    128: [(64, 3), (64, 2)],
+    256: [(32, 1)],
+}
+KERNELS = {
+    "forward": "block_sparse_forward",
+    "dq": "block_sparse_dq",
+    "dkv": "block_sparse_dkv",
+}
+
+
+def tilings(choices) -> list[Tiling]:
+    """Every choice, with and without turns."""
+    return [Tiling(*choice, turns) for choice in choices for turns in (False, True)]
+
+
+def lists(pattern) -> tuple:
+    """A pattern's lists as the kernels take them."""
+    by_rows = pattern.kv_num_blocks, pattern.kv_indices
+    return by_rows, (pattern.q_num_blocks, pattern.q_indices)
+
+
+def passes(config: Config, features: int):
+    """The two passes with a configuration, as jitted functions."""
+    options = {
+        "block_q": BLOCK, "block_kv": BLOCK, "scale": features**-0.5, "causal": False,
+        "window": None, "config": config,
+    }  # fmt: skip
+
+    @jax.jit
+    def forward(q, k, v, by_rows):
+        return attention.forward(q, k, v, *by_rows, None, None, **options)
+
+    @jax.jit
+    def backward(q, k, v, do, o, lse, by_rows, by_columns):
+        return attention.backward(
+            q, k, v, o, lse, do, jnp.zeros_like(lse), *by_rows, *by_columns, None, None, **options
+        )
+
+    return forward, backward
+
+
+def of_kernel(name: str, times: dict[str, float]) -> float:
+    """Milliseconds of the launches of one kernel."""
+    return sum(x for key, x in times.items() if KERNELS[name] in key)
+
+
+def assert_alike(got, want, tiling) -> None:
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        x, y = (np.asarray(a, np.float32) for a in (x, y))
+        error = np.linalg.norm(x - y) / np.linalg.norm(y)
+        if not error < 1e-2:
+            raise AssertionError(f"{tiling} is wrong: relative error {error:.2e}")
+
+
+def tune(features: int, length: int, heads: int) -> list[dict]:
+    """Times of every candidate."""
+    shape = (4, 1, length, heads, features)
+    q, k, v, do = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    blocks = length // BLOCK
+    masks = {
+        "spion": spion_like(heads, blocks, 0.1),
+        "full": np.ones((heads, blocks, blocks), bool),
+    }
+    patterns = {
+        name: lists(sparsax.BlockPattern.from_block_mask(mask, q_len=length, block_q=BLOCK))
+        for name, mask in masks.items()
+    }
+    kept, firsts, rows = TABLE[features], {}, []
+
+    def record(kernel, tiling, times):
+        row = {"features": features, "kernel": kernel, **tiling.keywords, "milliseconds": times}
+        rows.append(row)
+        print(f"  H={features} {kernel:8s}", tiling, {n: round(t, 3) for n, t in times.items()},
+              flush=True)  # fmt: skip
+
+    def attempt(run, tilings):
+        try:
+            run()
+        except Exception as error:  # what does not fit does not compile: say so and go on
+            print(
+                f"  H={features}", tilings, "fails:", str(error).splitlines()[0][:100], flush=True
+            )
+
+    def time_forward(tiling):
+        forward, _ = passes(Config(tiling, kept.dq, kept.dkv), features)
+        times = {}
+        for name, (by_rows, _) in patterns.items():
+            result = forward(q, k, v, by_rows)
+            assert_alike(result, firsts.setdefault(name, result), tiling)
+            times[name] = of_kernel("forward", kernels(forward, q, k, v, by_rows, calls=4))
+        record("forward", tiling, times)
+
+    def time_backward(dq, dkv):
+        _, backward = passes(Config(kept.forward, dq, dkv), features)
+        times = {"dq": {}, "dkv": {}}
+        for name, operands in patterns.items():
+            args = q, k, v, do, *firsts[name], *operands
+            result = backward(*args)
+            assert_alike(result, firsts.setdefault("backward " + name, result), (dq, dkv))
+            found = kernels(backward, *args, calls=4)
+            for kernel in times:
+                times[kernel][name] = of_kernel(kernel, found)
+        record("dq", dq, times["dq"])
+        record("dkv", dkv, times["dkv"])
+
+    for tiling in tilings(FORWARD[features]):
+        attempt(functools.partial(time_forward, tiling), tiling)
+    of_dq, of_dkv = tilings(DQ[features]), tilings(DKV[features])
+    pairs = itertools.zip_longest(of_dq, of_dkv)
+    for dq, dkv in pairs:
+        pair = dq or of_dq[0], dkv or of_dkv[0]
+        attempt(functools.partial(time_backward, *pair), pair)
+    return rows
+
+
+def best(rows: list[dict], kernel: str) -> Tiling:
+    """The tiling with the least sum over patterns of time over the least time."""
+    rows = [row for row in rows if row["kernel"] == kernel]
+    names = rows[0]["milliseconds"]
+    least = {name: min(row["milliseconds"][name] for row in rows) for name in names}
+    cost = lambda row: sum(row["milliseconds"][name] / least[name] for name in names)
+    row = min(rows, key=cost)
+    return Tiling(row["tile"], row["stages"], row["turns"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--features", type=int, nargs="+", default=sorted(TABLE), choices=TABLE)
+    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--heads", type=int, default=16)
+    args = parser.parse_args()
+    every = []
+    for features in args.features:
+        rows = tune(features, args.length, args.heads)
+        every += rows
+        print(f"    {features}: Config({', '.join(str(best(rows, x)) for x in KERNELS)}),")
+        save("tune_attention_gpu", every)
+
+
+if __name__ == "__main__":
+    main()
