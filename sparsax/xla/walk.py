@@ -1,6 +1,7 @@
 """Visiting lists of very different lengths without paying for the longest."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -58,7 +59,7 @@ def varying_zero(*arrays):
     return sum(jnp.zeros_like(x.reshape(-1)[0], jnp.float32) for x in arrays)
 
 
-def vary_alike(arrays, *others):
+def vary_alike(arrays, *others) -> tuple[Any, ...]:
     """The arrays varying over the same mesh axes inside `jax.shard_map`; elsewhere as they are.
 
     Keys that are replicated while queries are sharded by head, or weights while rows are, get the
