@@ -71,6 +71,7 @@ def main() -> None:
                         f"{step:12.3f} {7 * flop / step / 1e9:7.0f} {row['both_ratio']:9.2f}",
                         flush=True,
                     )
+            save("attention_gpu", rows)  # what there is, should the run be stopped
     print(save("attention_gpu", rows))
 
 

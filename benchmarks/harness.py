@@ -1,6 +1,7 @@
 """Timing, memory and the record that every result file starts with."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -32,12 +33,13 @@ def measure(function, *args, repeats: int = 5) -> dict[str, float]:
 
 
 def save(name: str, rows: list[dict]) -> Path:
-    """Writes `benchmarks/results/NAME.json` with what is needed to read it later."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain", "sparsax"], capture_output=True)
+    """Writes `benchmarks/results/NAME.json` with what is needed to read it later.
+
+    The environment's GIT_COMMIT names the commit where the code runs outside of its repository.
+    """
     record = {
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout else ""),
+        "commit": os.environ.get("GIT_COMMIT") or _commit(),
         "device": jax.devices()[0].device_kind,
         "cores": len(jax.devices()) if jax.default_backend() != "cpu" else _cores(),
         "versions": {
@@ -52,7 +54,12 @@ def save(name: str, rows: list[dict]) -> Path:
     return path
 
 
-def _cores() -> int:
-    import os
+def _commit() -> str:
+    package = Path(__file__).parents[1] / "sparsax"
+    ask = lambda *x: subprocess.run(["git", *x], cwd=package, capture_output=True, text=True).stdout
+    changes = "+changes" if ask("status", "--porcelain", ".") else ""
+    return ask("rev-parse", "--short", "HEAD").strip() + changes
 
+
+def _cores() -> int:
     return len(os.sched_getaffinity(0))
