@@ -11,6 +11,8 @@ from sparsax.attention import score_map as score_map
 from sparsax.compound import Band as Band
 from sparsax.compound import CompoundPattern as CompoundPattern
 from sparsax.convert import sparsify as sparsify
+from sparsax.grouped import gmm as gmm
+from sparsax.grouped import tgmm as tgmm
 from sparsax.layouts import BlockPattern as BlockPattern
 from sparsax.linear import tsvd_common_matmul as tsvd_common_matmul
 from sparsax.linear import tsvd_matmul as tsvd_matmul

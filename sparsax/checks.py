@@ -220,3 +220,51 @@ def linear_inputs(x, factors, kind: type[TiledFactors] | type[CommonFactors], bi
             f"bias must have the factors' F={factors.out_features} output features; "
             f"got {tuple(bias.shape)}."
         )
+
+
+def grouped_inputs(x, w, group_sizes, bias, transpose_w: bool) -> None:
+    """Refuses x, w, group sizes and bias that do not belong together."""
+    wanted = "w must be [G, F, D] with transpose_w" if transpose_w else "w must be [G, D, F]"
+    if x.ndim != 2 or w.ndim != 3 or w.shape[2 if transpose_w else 1] != x.shape[1]:
+        raise ValueError(
+            f"x must be [M, D] and {wanted}; got {tuple(x.shape)} and {tuple(w.shape)}."
+        )
+    _one_dtype("x and w", x, w)
+    _sizes_fit(group_sizes, x.shape[0])
+    groups, features = w.shape[0], w.shape[1 if transpose_w else 2]
+    if group_sizes.shape != (groups,) or groups < 1:
+        raise ValueError(
+            f"group_sizes must be [G] with one size for each of w's G={groups} >= 1 matrices; "
+            f"got {tuple(group_sizes.shape)}."
+        )
+    if bias is not None and bias.shape != (groups, features):
+        raise ValueError(f"bias must be [G, F]={(groups, features)}; got {tuple(bias.shape)}.")
+
+
+def grouped_rows(x, dy, group_sizes) -> None:
+    """Refuses x, dy and group sizes that do not belong together."""
+    if x.ndim != 2 or dy.ndim != 2 or len(x) != len(dy):
+        raise ValueError(
+            f"x must be [M, D] and dy [M, F]; got {tuple(x.shape)} and {tuple(dy.shape)}."
+        )
+    _one_dtype("x and dy", x, dy)
+    _sizes_fit(group_sizes, x.shape[0])
+
+
+def _one_dtype(names: str, a, b) -> None:
+    if a.dtype != b.dtype or str(a.dtype) not in DTYPES:
+        raise ValueError(f"{names} must share one dtype of {DTYPES}; got {a.dtype} and {b.dtype}.")
+
+
+def _sizes_fit(group_sizes, rows: int) -> None:
+    integer = jnp.issubdtype(group_sizes.dtype, jnp.integer)
+    if group_sizes.ndim != 1 or group_sizes.shape[0] < 1 or not integer:
+        raise ValueError(
+            "group_sizes must be integers [G], G >= 1; "
+            f"got {group_sizes.dtype} {tuple(group_sizes.shape)}."
+        )
+    if known(lambda x: (x >= 0) & (x.sum() <= rows), group_sizes) is False:
+        raise ValueError(
+            f"group_sizes must be non-negative and sum to at most M={rows}; "
+            f"got {group_sizes.tolist()}."
+        )

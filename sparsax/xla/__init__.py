@@ -3,6 +3,9 @@
 from sparsax.xla import compound as compound
 from sparsax.xla.block_sparse_attention import backward as backward
 from sparsax.xla.block_sparse_attention import forward as forward
+from sparsax.xla.grouped_matmul import gmm as gmm
+from sparsax.xla.grouped_matmul import group_sums as group_sums
+from sparsax.xla.grouped_matmul import tgmm as tgmm
 from sparsax.xla.pruned_counts import pruned_counts as pruned_counts
 from sparsax.xla.score_map import score_map as score_map
 from sparsax.xla.tsvd_matmul import tsvd_backward as tsvd_backward
