@@ -174,30 +174,38 @@ def dkv_kernel(
                         ring.wait(step)
                         of_cols = lambda smem: plgpu.load(smem.at[slot], layout=COL)
 
-                        def gradients(get_s, get_dp):
-                            s = get_s()
-                            weights = jnp.exp2(s * gain - per_col(of_cols(lse_smem), s.shape))
-                            if partial:
-                                ids = (row_ids, of_cols(ids_smem)) if x.ids else None
-                                kept = masks.keep(columns, found, first_row, x.block_kv, ids)
-                                weights = jnp.where(kept, weights, 0.0)
-                            dp = get_dp()
-                            ds = weights * (dp - per_col(of_cols(delta_smem), dp.shape))
-                            return ds.astype(x.dtype), weights.astype(x.dtype)
-
-                        turned = lambda smem: smem.at[slot].transpose((1, 0))
-                        order.take()
-                        ds, weights = cores.start(
-                            [(None, keys, turned(q_smem)), (None, values, turned(do_smem))],
-                            gradients, order.give,
-                        )  # fmt: skip
                         part = slot
                         if features is not None:
                             part = slot, slice(None), pl.ds(low, high - low)
-                        dv_acc, dk_acc = cores.start(
-                            [(dv_acc, weights, do_smem.at[part]), (dk_acc, ds, q_smem.at[part])],
-                            lambda get_dv, get_dk: (get_dv(), get_dk()),
-                        )
+
+                        def probabilities(s):
+                            weights = jnp.exp2(s * gain - per_col(of_cols(lse_smem), s.shape))
+                            if not partial:
+                                return weights
+                            ids = (row_ids, of_cols(ids_smem)) if x.ids else None
+                            kept = masks.keep(columns, found, first_row, x.block_kv, ids)
+                            return jnp.where(kept, weights, 0.0)
+
+                        def gradients(get_s, get_dp):
+                            weights = probabilities(get_s())
+                            cores.settle(weights, MATRIX)
+
+                            def beside_dv(get_dv):
+                                dp = get_dp(since=1)
+                                ds = weights * (dp - per_col(of_cols(delta_smem), dp.shape))
+                                owed = dk_acc, ds.astype(x.dtype), q_smem.at[part]
+                                both = lambda get_dk: (get_dk(), get_dv(since=1))
+                                return cores.start([owed], both)
+
+                            owed = dv_acc, weights.astype(x.dtype), do_smem.at[part]
+                            return cores.start([owed], beside_dv)
+
+                        turned = lambda smem: smem.at[slot].transpose((1, 0))
+                        order.take()
+                        dk_acc, dv_acc = cores.start(
+                            [(None, keys, turned(q_smem)), (None, values, turned(do_smem))],
+                            gradients, order.give,
+                        )  # fmt: skip
                         cores.before_release()
                         ring.release(step)
                         return dk_acc, dv_acc, step + 1

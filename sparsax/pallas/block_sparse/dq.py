@@ -95,8 +95,7 @@ def dq_kernel(
 
                 def logit_gradients(weights, dp, step):
                     release(v_ring, step)
-                    ds = weights * (dp - per_row(row_delta, dp.shape))
-                    return ds.astype(x.dtype)
+                    return weights * (dp - per_row(row_delta, dp.shape))
 
                 def owed(carry, step):  # the product that adds a tile's share to dQ
                     acc, ds = carry
@@ -107,7 +106,7 @@ def dq_kernel(
 
                     def then(get_s, get_dp):
                         weights = probabilities(get_s(), begun, found)
-                        return logit_gradients(weights, get_dp(), begun)
+                        return logit_gradients(weights, get_dp(), begun).astype(x.dtype)
 
                     started = [*products(begun)]
                     order.take()
@@ -117,14 +116,18 @@ def dq_kernel(
                     step, found = begun + t, find(t) if partial else None
                     scores, dps = products(step)
 
-                    def then(get_s, get_acc, get_dp):
+                    def then(get_s, get_dp, get_acc):
                         weights = probabilities(get_s(), step, found)
+                        cores.settle(weights, MATRIX)
+                        ds = logit_gradients(weights, get_dp(), step)
+                        cores.settle(ds, MATRIX)
                         acc = get_acc()
                         release(k_ring, step - 1)
-                        return acc, logit_gradients(weights, get_dp(), step)
+                        # Rounded no sooner: the registers were feeding the product just awaited.
+                        return acc, ds.astype(x.dtype)
 
                     order.take()
-                    return cores.start([scores, owed(carry, step - 1), dps], then, order.give)
+                    return cores.start([scores, dps, owed(carry, step - 1)], then, order.give)
 
                 def last(carry):
                     end = begun + steps - 1

@@ -121,6 +121,7 @@ def forward_kernel(
                             s = mask(s, step, found)
                         release(k_ring, step)
                         new_weights, new_top, new_total, decay = softmax(s, top, total)
+                        cores.settle(new_total, ROW)
                         acc = get_acc()
                         release(v_ring, step - 1)
                         # Rounded no sooner: the registers were feeding the product just awaited.

@@ -1,0 +1,130 @@
+"""The kernel of both products: thread blocks walk over tiles of the result.
+
+One warpgroup copies tiles of both operands to a ring in shared memory, running ahead into the next
+tile of the result while two others, 64 rows each, finish the current one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsax.pallas.block_sparse.schedule import MULTIPROCESSORS
+from sparsax.pallas.grouped_matmul.tables import DEPTH
+from sparsax.pallas.hopper import COMPUTE, WG_ROWS, Ring, TensorCores, launch, tiled
+
+STAGES = 4  # 48 KiB each for 256 columns
+CHUNK = 64  # columns that leave for global memory at once: a line of shared memory
+CHUNKS = 2  # of them on their way
+BAND = 16  # row tiles that share columns in the L2 cache, as thread blocks run side by side
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static part of a product: its operands' tiles, `rows x DEPTH` and `DEPTH x width`."""
+
+    width: int
+    dtype: Any
+    transpose_a: bool = False  # tiles of a arrive as `DEPTH x rows`
+    transpose_b: bool = False  # tiles of b arrive as `width x DEPTH`
+
+
+class Plan(NamedTuple):
+    """What is multiplied, as functions that run in the kernel."""
+
+    count: Any  # tiles of the result
+    item: Callable[[Any], Any]  # what there is to know of a tile; `.steps` at least
+    fill: Callable[..., None]  # `(item, step, a, b, barrier)`: COMPUTE + 1 copies
+    store: Callable[..., None]  # `(item, warpgroup, sum, staging)`
+
+
+def width_of(columns: int) -> int:
+    """Columns of a tile."""
+    return next(w for w in (256, 128, 64) if columns % w == 0)
+
+
+def raster(n, rows, columns: int) -> tuple[Any, Any]:
+    """Row and column of tile n, in bands of rows: neighbours share both operands."""
+    band = n // (BAND * columns)
+    inner = n - band * BAND * columns
+    high = jnp.minimum(rows - band * BAND, BAND)
+    column = inner // high
+    return band * BAND + inner - column * high, column
+
+
+def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_type, interpret):
+    """The kernel `make(*refs)` describes, as a function of its operands; `most` tiles at most."""
+    thread_blocks = min(most, MULTIPROCESSORS)
+    cores = TensorCores(interpret is not None)
+
+    def kernel(*refs, a_smem, b_smem, y_smem, bars):
+        plan, ring = make(*refs), Ring(bars, STAGES)
+        block, wg = lax.axis_index("item"), lax.axis_index("wg")
+        rounds = (plan.count - block + thread_blocks - 1) // thread_blocks
+        item = lambda r: plan.item(block + r * thread_blocks)
+
+        @pl.when(wg == COMPUTE)
+        def copy_tiles():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def each(r, begin):
+                here = item(r)
+
+                def fill(i, _):
+                    slot = ring.slot(begin + i)
+                    ring.reserve(begin + i)
+                    plan.fill(here, i, a_smem.at[slot], b_smem.at[slot], ring.filled.at[slot])
+
+                lax.fori_loop(0, here.steps, fill, None)
+                return begin + here.steps
+
+            ring.drain(lax.fori_loop(0, rounds, each, jnp.int32(0)))
+
+        @pl.when(wg < COMPUTE)
+        def multiply():
+            plgpu.set_max_registers(232, action="increase")
+
+            def each(r, begin):
+                here = item(r)
+
+                def operands(i):
+                    ring.wait(begin + i)
+                    slot = ring.slot(begin + i)
+                    a, b = a_smem.at[slot, wg], b_smem.at[slot]
+                    a = plgpu.transpose_ref(a, (1, 0)) if shape.transpose_a else a
+                    return a, plgpu.transpose_ref(b, (1, 0)) if shape.transpose_b else b
+
+                release = lambda i: ring.release(begin + i)
+                total = cores.sum((WG_ROWS, shape.width), here.steps, operands, release)
+                plan.store(here, wg, total, y_smem.at[wg])
+                return begin + here.steps
+
+            lax.fori_loop(0, rounds, each, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+    b_tile = (shape.width, DEPTH) if shape.transpose_b else (DEPTH, shape.width)
+    lined = lambda *sizes: tiled(sizes, shape.dtype, DEPTH, 2 * DEPTH)
+    return launch(
+        kernel, name, thread_blocks, out_type, interpret,
+        a_smem=lined(STAGES, COMPUTE, WG_ROWS, DEPTH), b_smem=lined(STAGES, *b_tile),
+        y_smem=lined(COMPUTE, CHUNKS, WG_ROWS, CHUNK), bars=Ring.barriers(STAGES, COMPUTE + 1),
+    )  # fmt: skip
+
+
+def each_chunk(total: jax.Array, staging, dtype, copy: Callable[[Any, int], None]) -> None:
+    """`copy(chunk in shared memory, its first column)` for all columns of a tile, in turn."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's, long ago
+    for number, begin in enumerate(range(0, total.shape[1], CHUNK)):
+        chunk = staging.at[number % CHUNKS]
+        if number >= CHUNKS:
+            # Waiting for all but the last copy suffices: a chunk makes one copy at least, or none
+            # of this tile's chunks makes any.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        chunk[...] = total[:, begin : begin + CHUNK].astype(dtype)
+        plgpu.commit_smem()
+        copy(chunk, begin)
