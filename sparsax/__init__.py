@@ -4,6 +4,7 @@ from sparsax import compound as compound
 from sparsax import nn as nn
 from sparsax import patterns as patterns
 from sparsax import peft as peft
+from sparsax import routing as routing
 from sparsax import rules as rules
 from sparsax.attention import block_sparse_attention as block_sparse_attention
 from sparsax.attention import default_implementation as default_implementation
@@ -11,6 +12,7 @@ from sparsax.attention import score_map as score_map
 from sparsax.compound import Band as Band
 from sparsax.compound import CompoundPattern as CompoundPattern
 from sparsax.convert import sparsify as sparsify
+from sparsax.ffn import routed_ffn as routed_ffn
 from sparsax.grouped import gmm as gmm
 from sparsax.grouped import tgmm as tgmm
 from sparsax.layouts import BlockPattern as BlockPattern
@@ -23,5 +25,10 @@ from sparsax.lowrank import choose_tiles as choose_tiles
 from sparsax.lowrank import tsvd as tsvd
 from sparsax.lowrank import tsvd_common as tsvd_common
 from sparsax.multigrain import compound_attention as compound_attention
+from sparsax.routing import FFNBlocks as FFNBlocks
+from sparsax.routing import FFNLoRA as FFNLoRA
+from sparsax.routing import RoutingPlan as RoutingPlan
+from sparsax.routing import route_top_k as route_top_k
+from sparsax.routing import split_ffn as split_ffn
 from sparsax.slices import SlicePlan as SlicePlan
 from sparsax.slices import slice_plan as slice_plan

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from sparsax.compound import CompoundPattern
 from sparsax.layouts import BlockPattern
 from sparsax.lowrank import CommonFactors, TiledFactors
+from sparsax.routing import FFNBlocks, FFNLoRA, RoutingPlan
 from sparsax.typing import Implementation, known
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
@@ -268,3 +269,58 @@ def _sizes_fit(group_sizes, rows: int) -> None:
             f"group_sizes must be non-negative and sum to at most M={rows}; "
             f"got {group_sizes.tolist()}."
         )
+
+
+def ffn_inputs(x, weights: FFNBlocks, plan: RoutingPlan, lora: FFNLoRA | None) -> None:
+    """Refuses x, weights, plan and LoRA of a routed layer that do not belong together."""
+    made_by = {"weights": "split_ffn", "plan": "route_top_k", "lora": "FFNLoRA.init"}
+    kinds = {"weights": FFNBlocks, "plan": RoutingPlan, "lora": FFNLoRA | None}
+    for name, value in {"weights": weights, "plan": plan, "lora": lora}.items():
+        if not isinstance(value, kinds[name]):
+            raise ValueError(
+                f"{name} must come from sparsax.{made_by[name]}; got {type(value).__name__}."
+            )
+    if weights.w_up.ndim != 3 or plan.order.ndim != 1:
+        raise ValueError(
+            "weights and plan must be those of one layer; got stacked ones, w_up of shape "
+            f"{tuple(weights.w_up.shape)} and order of {tuple(plan.order.shape)}. Scan or vmap "
+            "over them."
+        )
+    if x.ndim < 1 or x.shape[-1] != weights.features:
+        raise ValueError(
+            f"x must end in the weights' D={weights.features} features; got {tuple(x.shape)}."
+        )
+    if plan.blocks.shape[:-1] != x.shape[:-1] or plan.num_blocks != weights.num_blocks:
+        raise ValueError(
+            f"the plan must be for x's tokens {tuple(x.shape[:-1])} and the weights' "
+            f"G={weights.num_blocks} blocks; got one for {tuple(plan.blocks.shape[:-1])} and "
+            f"G={plan.num_blocks}."
+        )
+    arrays = (x, *jax.tree.leaves((weights, lora)))
+    dtypes = {str(array.dtype) for array in arrays}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise ValueError(
+            f"x, weights and lora must share one dtype of {DTYPES}; got {x.dtype} and "
+            f"{sorted(dtypes - {str(x.dtype)})}. Cast with weights.astype(x.dtype)."
+        )
+    if lora is not None and (_lora_shapes(lora) != _wanted_lora(weights, lora)):
+        raise ValueError(
+            f"lora must fit the weights: {_wanted_lora(weights, lora)}; got {_lora_shapes(lora)}."
+        )
+
+
+def _lora_shapes(lora: FFNLoRA) -> dict[str, tuple[int, ...] | None]:
+    names = ("up_a", "up_b", "gate_a", "gate_b", "down_a", "down_b")
+    shape = lambda array: None if array is None else tuple(array.shape)
+    return {name: shape(getattr(lora, name)) for name in names}
+
+
+def _wanted_lora(weights: FFNBlocks, lora: FFNLoRA) -> dict[str, tuple[int, ...] | None]:
+    count, features, unit = weights.w_up.shape
+    rank, gated = lora.up_a.shape[-1], weights.w_gate is not None
+    first, second = (features, rank), (count, rank, unit)
+    return {
+        "up_a": first, "up_b": second, "gate_a": first if gated else None,
+        "gate_b": second if gated else None, "down_a": (count, unit, rank),
+        "down_b": (rank, features),
+    }  # fmt: skip

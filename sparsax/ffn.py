@@ -1,0 +1,119 @@
+"""The routed feed-forward layer: arguments, which implementation runs, the gradient."""
+
+import dataclasses
+import typing
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparsax import checks, reference, xla
+from sparsax.linear import ACTIVATIONS, Activation
+from sparsax.routing import FFNBlocks, FFNLoRA, RoutingPlan
+from sparsax.typing import Implementation
+
+
+def routed_ffn(
+    x: Float[Array, "*B D"],
+    weights: FFNBlocks,
+    plan: RoutingPlan,
+    *,
+    activation: Activation,
+    lora: FFNLoRA | None = None,
+    frozen: bool = False,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*B D"]:
+    """Every token through the blocks of the feed-forward layer that its plan lists.
+
+    `y = sum over chosen g of c_g act(x w_up[g] + b_up[g]) w_down[g], + b_down`, gated when the
+    weights have a gate. Work is that of the chosen blocks. With all blocks chosen and coefficients
+    of 1 it is the dense layer. The backward pass computes the hidden units again: x, the plan and
+    the weights are all that is kept for it. Differentiable in x, weights, LoRA and coefficients;
+    works under jit, vmap, scan and shard_map, where tokens may be sharded, each shard with a plan
+    of its own tokens.
+
+    Args:
+        x: tokens `[*B, D]`, float32, bfloat16 or float16; sums are float32.
+        weights: from `sparsax.split_ffn`, in x's dtype (see `FFNBlocks.astype`).
+        plan: from `sparsax.route_top_k`, for the same tokens.
+        activation: "relu", "silu", "gelu" (tanh) or "gelu_exact".
+        lora: low-rank additions to the matrices, in x's dtype.
+        frozen: the weights get no gradient, and none is computed.
+        implementation: "reference" (dense, float32), "xla" (any device), or None for "xla". A
+            name runs or raises.
+
+    Returns:
+        `[*B, D]` in x's dtype; 0 for tokens that the plan's mask left out, whatever they hold.
+
+    Raises:
+        ValueError: shapes, dtypes or a name are wrong.
+        NotImplementedError: the named implementation cannot do this.
+
+    Source: Gui et al., "SPT: Fine-Tuning Transformer-based Language Models Efficiently with
+    Sparsification" (arXiv 2312.10365), section 4.2.
+
+    Example:
+        >>> import jax
+        >>> import sparsax
+        >>> w_up, w_down, x = jax.random.normal(jax.random.key(0), (3, 16, 16))
+        >>> weights = sparsax.split_ffn(w_up, w_down, 4)
+        >>> plan = sparsax.route_top_k(jax.nn.sigmoid(x[:, :4]), 4)
+        >>> y = sparsax.routed_ffn(x, weights, plan, activation="relu")
+        >>> bool(abs(y - jax.nn.relu(x @ w_up) @ w_down).max() < 1e-3)
+        True
+    """
+    checks.one_of("activation", activation, ACTIVATIONS)
+    checks.ffn_inputs(x, weights, plan, lora)
+    chosen = checks.implementation(implementation, "xla")
+    if chosen == "pallas":
+        checks.kernel_runs("has no kernel of the routed feed-forward layer")
+    if frozen:
+        weights = jax.lax.stop_gradient(weights)
+    shape, coefficients = x.shape, plan.coefficients.reshape(-1, plan.active)
+    flat = dataclasses.replace(
+        plan, blocks=plan.blocks.reshape(-1, plan.active), coefficients=coefficients
+    )
+    # What a padded token holds must not reach a gradient, not even as 0 * NaN.
+    x = jnp.where(flat.mask()[:, None], x.reshape(-1, shape[-1]), 0)
+    if chosen == "reference":
+        y = reference.routed_ffn(
+            x, weights, lora, flat.blocks, coefficients, scaled=plan.scaled,
+            activation=ACTIVATIONS[activation],
+        )  # fmt: skip
+    else:
+        leaves, tree = jax.tree.flatten((x, weights, lora, flat))
+        arrays = jax.tree.unflatten(tree, xla.vary_alike(tuple(leaves)))
+        y = typing.cast(jax.Array, _routed(_Call(activation, frozen), *arrays))
+    return y.astype(x.dtype).reshape(shape)
+
+
+class _Call(typing.NamedTuple):
+    """The static part of a call."""
+
+    activation: str
+    frozen: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _routed(call: _Call, x, weights, lora, plan):
+    return xla.routed_ffn_forward(
+        x, weights, lora, plan, activation=ACTIVATIONS[call.activation]
+    )  # fmt: skip
+
+
+def _routed_fwd(call, x, weights, lora, plan):
+    return _routed(call, x, weights, lora, plan), (x, weights, lora, plan)
+
+
+def _routed_bwd(call, residuals, dy):
+    x, weights, lora, plan = residuals
+    dy = jnp.where(plan.mask()[:, None], dy, 0)
+    dx, dweights, dlora, dcoefficients = xla.routed_ffn_backward(
+        x, weights, lora, plan, dy, activation=ACTIVATIONS[call.activation], frozen=call.frozen
+    )
+    nothing = dict.fromkeys(("blocks", "order", "position", "group_sizes"))
+    return dx, dweights, dlora, dataclasses.replace(plan, coefficients=dcoefficients, **nothing)
+
+
+_routed.defvjp(_routed_fwd, _routed_bwd)

@@ -1,0 +1,157 @@
+"""Token choice: every token picks its blocks, and the choices are sorted by block."""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsax.typing import ArrayLike
+
+Coefficient = typing.Literal["straight_through", "spt"]
+Scaled = typing.Literal["output", "products"]
+
+
+@typing.no_type_check  # jax rebuilds pytrees with leaves of other types
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class RoutingPlan:
+    """Which k of G blocks every token goes through. A frozen pytree of static shapes.
+
+    No token is dropped and no block has a capacity: M = tokens * k choices, sorted by block.
+    `route_top_k` makes it, `sparsax.routed_ffn` runs it. For coefficients of your own, use
+    `dataclasses.replace(plan, coefficients=...)`.
+
+    Attributes:
+        blocks: chosen blocks of each token, ascending, int32 `[*B, k]`; G for a masked token.
+        coefficients: of each choice, float32 `[*B, k]`, differentiable; 0 for a masked token.
+        order: the choices (token * k + slot) sorted by block, int32 `[M]`; stable, so tokens stay
+            in order within a block, and masked ones come last.
+        position: where each choice stands in `order`, int32 `[M]`.
+        group_sizes: choices of each block, int32 `[G]`; masked tokens count nowhere.
+        scaled: what a coefficient multiplies: the "output" of a block, or the "products" with both
+            of its matrices, LoRA left out (`coefficient="spt"`).
+
+    Source: Gui et al., "SPT: Fine-Tuning Transformer-based Language Models Efficiently with
+    Sparsification" (arXiv 2312.10365), section 4.2.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import sparsax
+        >>> p = jnp.array([[0.9, 0.1, 0.6], [0.2, 0.7, 0.3]])
+        >>> plan = sparsax.route_top_k(p, 2)
+        >>> plan.blocks.tolist(), plan.order.tolist(), plan.group_sizes.tolist()
+        ([[0, 2], [1, 2]], [0, 2, 1, 3], [1, 1, 2])
+    """
+
+    blocks: Int[Array, "*B k"]
+    coefficients: Float[Array, "*B k"]
+    order: Int[Array, " M"]
+    position: Int[Array, " M"]
+    group_sizes: Int[Array, " G"]
+    scaled: Scaled = dataclasses.field(default="output", metadata={"static": True})
+
+    @property
+    def active(self) -> int:
+        """k, the blocks of a token."""
+        return self.blocks.shape[-1]
+
+    @property
+    def num_blocks(self) -> int:
+        """G, all blocks."""
+        return self.group_sizes.shape[-1]
+
+    @property
+    def tokens(self) -> Int[Array, " M"]:
+        """The token of each sorted choice."""
+        return self.order // self.active
+
+    def mask(self) -> Bool[Array, "*B"]:
+        """False for tokens that go through no block."""
+        return self.blocks[..., 0] < self.num_blocks
+
+
+def route_top_k(
+    probabilities: Float[Array, "*B G"],
+    k: int,
+    *,
+    mask: Bool[ArrayLike, "*B"] | None = None,
+    bias: Float[Array, " G"] | None = None,
+    coefficient: Coefficient = "straight_through",
+) -> RoutingPlan:
+    """Every token through the k blocks that its router finds most probable.
+
+    Args:
+        probabilities: `sigmoid(x w + b)` of the router, `[*B, G]` with any leading axes.
+        k: blocks of a token, 1 to G.
+        mask: False for padded tokens `[*B]`: they go through no block and count nowhere.
+        bias: added to the probabilities for the choice alone, see `update_bias`.
+        coefficient: "straight_through" is `p / stop_gradient(p)`: 1 in value, so that a pre-trained
+            layer starts out as it was, with the gradient of log p. "spt" is what the released code
+            of SPT computes: 2 p, on the products with both matrices of a block.
+
+    Returns:
+        The plan. Ties go to the block of the lower index.
+
+    Raises:
+        ValueError: k, shapes or the name of the coefficient are wrong.
+
+    Source: Gui et al. (arXiv 2312.10365), section 4.2; see `RoutingPlan`.
+
+    Example:
+        >>> import jax
+        >>> import sparsax
+        >>> p = jax.nn.sigmoid(jax.random.normal(jax.random.key(0), (2, 5, 4)))
+        >>> plan = sparsax.route_top_k(p, 2)
+        >>> plan.blocks.shape, int(plan.group_sizes.sum())
+        ((2, 5, 2), 20)
+    """
+    num_blocks, shape = _checked(probabilities, k, mask, bias, coefficient)
+    scores = probabilities if bias is None else probabilities + bias
+    blocks = jnp.sort(jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1].astype(jnp.int32))
+    p = jnp.take_along_axis(probabilities.astype(jnp.float32), blocks, axis=-1)
+    if coefficient == "spt":
+        coefficients = 2.0 * p
+    else:
+        # p / stop_gradient(p), and exactly 1 also where a probability has underflowed to 0.
+        fixed = jax.lax.stop_gradient(p)
+        coefficients = 1.0 + (p - fixed) / jnp.maximum(fixed, jnp.finfo(jnp.float32).tiny)
+    if mask is not None:
+        blocks = jnp.where(mask[..., None], blocks, num_blocks)
+        coefficients = jnp.where(mask[..., None], coefficients, 0.0)
+    flat = blocks.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    position = (
+        jnp.zeros_like(order)
+        .at[order]
+        .set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
+    )
+    group_sizes = (flat[:, None] == jnp.arange(num_blocks)).sum(0, dtype=jnp.int32)
+    return RoutingPlan(
+        blocks.reshape(*shape, k), coefficients, order, position, group_sizes,
+        scaled="products" if coefficient == "spt" else "output",
+    )  # fmt: skip
+
+
+def _checked(probabilities, k, mask, bias, coefficient) -> tuple[int, tuple[int, ...]]:
+    if probabilities.ndim < 1 or not jnp.issubdtype(probabilities.dtype, jnp.floating):
+        raise ValueError(
+            "probabilities must be real, [*B, G]; "
+            f"got {probabilities.dtype} {tuple(probabilities.shape)}."
+        )
+    *shape, num_blocks = probabilities.shape
+    if not 1 <= k <= num_blocks:
+        raise ValueError(f"k must be within [1, G={num_blocks}]; got {k}.")
+    if mask is not None and (mask.shape != tuple(shape) or mask.dtype != bool):
+        raise ValueError(
+            f"mask must be boolean {tuple(shape)}, False where padding; "
+            f"got {mask.dtype} {tuple(mask.shape)}."
+        )
+    if bias is not None and bias.shape != (num_blocks,):
+        raise ValueError(f"bias must be [G={num_blocks}]; got {tuple(bias.shape)}.")
+    if coefficient not in typing.get_args(Coefficient):
+        raise ValueError(
+            f"coefficient must be one of {typing.get_args(Coefficient)}; got {coefficient!r}."
+        )
+    return num_blocks, tuple(shape)
