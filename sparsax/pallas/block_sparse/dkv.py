@@ -194,7 +194,7 @@ def dkv_kernel(
                                 dp = get_dp(since=1)
                                 ds = weights * (dp - per_col(of_cols(delta_smem), dp.shape))
                                 owed = dk_acc, ds.astype(x.dtype), q_smem.at[part]
-                                both = lambda get_dk: (get_dk(), get_dv(since=1))
+                                both = lambda get_dk: (get_dk(), get_dv())
                                 return cores.start([owed], both)
 
                             owed = dv_acc, weights.astype(x.dtype), do_smem.at[part]
