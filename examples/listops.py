@@ -1,6 +1,6 @@
 """SPION on ListOps: dense training, pattern search, sparse training, with controls beside it.
 
-    uv run python examples/listops.py            # 3 to 4 minutes on two idle CPU cores
+    uv run python examples/listops.py            # two minutes on two idle CPU cores
     uv run python examples/listops.py --quick    # the same way in a minute, too short to learn
     uv run python examples/listops.py --full     # sizes of the Long Range Arena: work for a GPU
 
