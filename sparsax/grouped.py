@@ -6,7 +6,7 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float, Int
 
-from sparsax import checks, reference, xla
+from sparsax import checks, pallas, reference, xla
 from sparsax.typing import Implementation
 
 
@@ -33,8 +33,9 @@ def gmm(
         group_sizes: rows of each group, any of them 0, of sum at most M; int32.
         bias: `[G, F]`.
         transpose_w: multiply with the transposes of the matrices.
-        implementation: "reference" (dense, float32), "xla" (any device), or None for "xla". A
-            name runs or raises.
+        implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs:
+            bfloat16 or float16, D and F in multiples of 64; not yet measured on one, so nothing
+            chooses it), or None for "xla". A name runs or raises.
 
     Returns:
         `[M, F]` in x's dtype.
@@ -54,7 +55,7 @@ def gmm(
         [0.0, 4.0, 4.0, 0.0]
     """
     checks.grouped_inputs(x, w, group_sizes, bias, transpose_w)
-    call = _Call(_implementation(implementation), transpose_w)
+    call = _call(implementation, x, w.shape[1 if transpose_w else 2], transpose_w)
     return _gmm(call, *xla.vary_alike((x, w, group_sizes, bias)))
 
 
@@ -77,7 +78,7 @@ def tgmm(
         [1.0, 0.0, 2.0]
     """
     checks.grouped_rows(x, dy, group_sizes)
-    call = _Call(_implementation(implementation), False)
+    call = _call(implementation, x, dy.shape[1], False)
     return _tgmm(call, *xla.vary_alike((x, dy, group_sizes)))
 
 
@@ -86,17 +87,23 @@ class _Call(typing.NamedTuple):
 
     implementation: str
     transpose_w: bool
+    interpret: typing.Any
 
 
-def _implementation(name):
-    name = checks.implementation(name, "xla")
+def _call(implementation, x, features_out: int, transpose_w: bool) -> _Call:
+    name, interpret = checks.implementation(implementation, "xla"), None
     if name == "pallas":
-        checks.kernel_runs("has no kernel for grouped products")
-    return name
+        checks.kernel_runs(pallas.grouped_refusal(x.dtype, x.shape[1], features_out))
+        interpret = pallas.interpret()
+    return _Call(name, transpose_w, interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gmm(call: _Call, x, w, group_sizes, bias) -> jax.Array:
+    if call.implementation == "pallas":
+        options = {"transpose_w": call.transpose_w, "interpret": call.interpret}
+        y = pallas.gmm(x, w, group_sizes, bias, **options)
+        return xla.vary_alike((y,), x)[0]  # a kernel's result varies over no mesh axis
     module = reference if call.implementation == "reference" else xla
     y = module.gmm(x, w, group_sizes, bias, transpose_w=call.transpose_w)
     return y.astype(x.dtype)
@@ -120,6 +127,9 @@ _gmm.defvjp(_gmm_fwd, _gmm_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tgmm(call: _Call, x, dy, group_sizes) -> jax.Array:
+    if call.implementation == "pallas":
+        dw = pallas.tgmm(x, dy, group_sizes, interpret=call.interpret)
+        return xla.vary_alike((dw,), x)[0]
     module = reference if call.implementation == "reference" else xla
     return module.tgmm(x, dy, group_sizes).astype(x.dtype)
 

@@ -2,6 +2,9 @@
 
 from sparsax.pallas.block_sparse.attention import backward as backward
 from sparsax.pallas.block_sparse.attention import forward as forward
+from sparsax.pallas.grouped_matmul import gmm as gmm
+from sparsax.pallas.grouped_matmul import grouped_refusal as grouped_refusal
+from sparsax.pallas.grouped_matmul import tgmm as tgmm
 from sparsax.pallas.support import interpret as interpret
 from sparsax.pallas.support import interpreted as interpreted
 from sparsax.pallas.support import lowering as lowering

@@ -1,1 +1,23 @@
 """Products of rows sorted by group, each group with a matrix of its own."""
+
+import jax
+
+from sparsax.pallas.grouped_matmul.gmm import gmm as gmm
+from sparsax.pallas.grouped_matmul.tgmm import tgmm as tgmm
+from sparsax.pallas.support import DTYPES, on_hopper
+
+FEATURES = 64  # whole lines of shared memory
+
+
+def grouped_refusal(dtype, features_in: int, features_out: int) -> str | None:
+    """Why the kernels cannot multiply rows with so many features; None if they can."""
+    if str(dtype) not in DTYPES:
+        return f"takes rows and matrices in one of {DTYPES}; got {dtype}"
+    if features_in % FEATURES or features_out % FEATURES or not features_in * features_out:
+        return (
+            f"takes features D and F in multiples of {FEATURES}; "
+            f"got D={features_in} and F={features_out}"
+        )
+    if not on_hopper():
+        return f"needs an NVIDIA Hopper GPU; the default device is {jax.devices()[0].device_kind}"
+    return None

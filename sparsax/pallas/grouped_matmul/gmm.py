@@ -18,7 +18,7 @@ from sparsax.pallas.grouped_matmul.product import (
     raster,
     width_of,
 )
-from sparsax.pallas.grouped_matmul.tables import DEPTH, ROWS, SLAB
+from sparsax.pallas.grouped_matmul.tables import DEPTH, SLAB
 from sparsax.pallas.hopper import COL, COMPUTE, WG_ROWS, per_col
 from sparsax.pallas.tsvd_matmul import ACTIVATIONS
 

@@ -96,8 +96,8 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
                     ring.wait(begin + i)
                     slot = ring.slot(begin + i)
                     a, b = a_smem.at[slot, wg], b_smem.at[slot]
-                    a = plgpu.transpose_ref(a, (1, 0)) if shape.transpose_a else a
-                    return a, plgpu.transpose_ref(b, (1, 0)) if shape.transpose_b else b
+                    a = a.transpose((1, 0)) if shape.transpose_a else a
+                    return a, b.transpose((1, 0)) if shape.transpose_b else b
 
                 release = lambda i: ring.release(begin + i)
                 total = cores.sum((WG_ROWS, shape.width), here.steps, operands, release)
