@@ -9,7 +9,16 @@ from sparsax.nn.attention import score_maps as score_maps
 from sparsax.nn.attention import set_patterns as set_patterns
 from sparsax.nn.bert import Bert as Bert
 from sparsax.nn.bert import BertConfig as BertConfig
+from sparsax.nn.ffn import ChoiceBias as ChoiceBias
+from sparsax.nn.ffn import RoutedFFN as RoutedFFN
+from sparsax.nn.ffn import RoutedLoRAParam as RoutedLoRAParam
+from sparsax.nn.ffn import RouterParam as RouterParam
+from sparsax.nn.ffn import RoutingRecord as RoutingRecord
+from sparsax.nn.ffn import TunedParam as TunedParam
 from sparsax.nn.longformer import LongformerSelfAttention as LongformerSelfAttention
+from sparsax.nn.routing import balance_step as balance_step
+from sparsax.nn.routing import call_with_routing as call_with_routing
+from sparsax.nn.routing import set_active as set_active
 from sparsax.nn.surgery import named_modules as named_modules
 from sparsax.nn.surgery import replace_modules as replace_modules
 from sparsax.nn.transformer import Block as Block

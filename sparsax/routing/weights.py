@@ -91,6 +91,23 @@ class FFNBlocks:
         """The norm of each block's hidden units: how active it is."""
         return jnp.linalg.norm(self.units(x, activation), axis=-1)
 
+    def merged(self, lora: "FFNLoRA | None") -> "FFNBlocks":
+        """The weights with LoRA multiplied out and added, for a layer that is done training."""
+        if lora is None:
+            return self
+
+        def add(name, spec):
+            if (w := getattr(self, f"w_{name}")) is None:
+                return None
+            a, b = (getattr(lora, f"{name}_{x}").astype(jnp.float32) for x in "ab")
+            change = lora.scale * jnp.einsum(spec, a, b, precision=HIGHEST)
+            return (w.astype(jnp.float32) + change).astype(w.dtype)
+
+        return dataclasses.replace(
+            self, w_up=add("up", "dr,gre->gde"), w_gate=add("gate", "dr,gre->gde"),
+            w_down=add("down", "ger,rd->ged"),
+        )  # fmt: skip
+
     def flops(self, tokens: int, active: int) -> int:
         """Multiplications and additions of the matrices for tokens that go through k blocks."""
         matrices = 2 if self.w_gate is None else 3
