@@ -1,0 +1,172 @@
+"""Grouped matrix products on this machine's GPU against the alternatives, in one run.
+
+    python benchmarks/grouped_gpu.py
+
+bfloat16; rows are dealt to the groups evenly or by a random share ("skewed", with an empty group).
+Milliseconds are the medians of runs of queued calls, for the product and for both of its
+gradients; TFLOP/s count every row once. In the same run: one dense matmul of as many FLOPs
+(cuBLAS), the portable implementation, `jax.lax.ragged_dot` and, where PyTorch imports,
+`torch._grouped_mm`. Results are compared with those of the portable implementation first.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gpu import kernels, milliseconds
+from harness import save
+
+import sparsax
+
+try:
+    import torch
+except ImportError:  # the peer is optional
+    torch = None
+
+PRODUCTS = ("gmm", "dx", "dw")
+TO_WEIGHTS = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[],
+)
+
+
+def even(rows: int, groups: int) -> np.ndarray:
+    """As many rows for each group, but for the remainder."""
+    return np.diff(np.linspace(0, rows, groups + 1).astype(int))
+
+
+def skewed(rows: int, groups: int) -> np.ndarray:
+    """Shares as of an untrained router, no size a multiple of a tile, and one group empty."""
+    share = np.random.default_rng(0).dirichlet(np.ones(groups))
+    share[groups // 2] = 0
+    return np.random.default_rng(1).multinomial(rows, share / share.sum())
+
+
+SIZES = {"even": even, "skewed": skewed}
+
+
+def ours(implementation: str) -> dict:
+    """The product and its gradients as functions of `(x, w, dy, sizes)`."""
+    options = {"implementation": implementation}
+    return {
+        "gmm": lambda x, w, dy, n: sparsax.gmm(x, w, n, **options),
+        "dx": lambda x, w, dy, n: sparsax.gmm(dy, w, n, transpose_w=True, **options),
+        "dw": lambda x, w, dy, n: sparsax.tgmm(x, dy, n, **options),
+    }
+
+
+DENSE = {
+    "gmm": lambda x, w, dy, n: x @ w[0],
+    "dx": lambda x, w, dy, n: dy @ w[0].T,
+    "dw": lambda x, w, dy, n: x.T @ dy,
+}
+RAGGED_DOT = {
+    "gmm": lambda x, w, dy, n: jax.lax.ragged_dot(x, w, n),
+    "dx": lambda x, w, dy, n: jax.lax.ragged_dot(dy, w.swapaxes(1, 2), n),
+    "dw": lambda x, w, dy, n: jax.lax.ragged_dot_general(x, dy, n, TO_WEIGHTS),
+}
+
+
+def check(implementation: str, arrays) -> dict[str, float]:
+    """Relative L2 error of each product to the portable one's; more than rounding is an error."""
+    found, norm = {}, lambda a: jnp.linalg.norm(a.astype(jnp.float32).reshape(-1))
+    for name in PRODUCTS:
+        got, want = (jax.jit(ours(which)[name])(*arrays) for which in (implementation, "xla"))
+        found[name] = float(norm(got.astype(jnp.float32) - want) / norm(want))
+        if not found[name] < 1e-2:
+            raise SystemExit(f"{name} is wrong: relative error {found[name]}")
+    return found
+
+
+def of_torch(rows: int, features: int, columns: int, sizes, calls: int) -> dict[str, float]:
+    """Milliseconds of PyTorch's products of these sizes."""
+    draw = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    ends = torch.tensor(np.cumsum(sizes), device="cuda", dtype=torch.int32)
+    x, w, dy = draw(rows, features), draw(len(sizes), features, columns), draw(rows, columns)
+    by_columns = w.transpose(1, 2).contiguous().transpose(1, 2)  # the layout it wants, for free
+    products = {
+        "gmm": lambda: torch._grouped_mm(x, by_columns, offs=ends),
+        "dx": lambda: torch._grouped_mm(dy, w.transpose(1, 2), offs=ends),
+        "dw": lambda: torch._grouped_mm(x.t(), dy, offs=ends),
+    }
+    return {name: _torch_milliseconds(run, calls) for name, run in products.items()}
+
+
+def _torch_milliseconds(run, calls: int) -> float:
+    run()
+    found = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+        found.append((time.perf_counter() - begin) / calls)
+    return 1e3 * float(np.median(found))
+
+
+def measure(args, features: int, columns: int, groups: int, deal: str) -> dict:
+    """Everything about one shape and one way to deal the rows."""
+    sizes = SIZES[deal](args.rows, groups)
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((args.rows, features), (groups, features, columns), (args.rows, columns))
+    arrays = [jax.random.normal(*pair, jnp.bfloat16) for pair in zip(keys, shapes, strict=True)]
+    arrays.append(jnp.asarray(sizes, jnp.int32))
+    row = {
+        "rows": args.rows, "features": features, "columns": columns, "groups": groups,
+        "sizes": deal, "errors": check(args.implementation, arrays),
+    }  # fmt: skip
+    rivals = {args.implementation: ours(args.implementation), "dense": DENSE, "xla": ours("xla")}
+    if groups <= args.ragged_dot_up_to:
+        rivals["ragged_dot"] = RAGGED_DOT
+    for rival, products in rivals.items():
+        run = {name: jax.jit(products[name]) for name in PRODUCTS}
+        row[f"{rival}_ms"] = {n: milliseconds(run[n], *arrays, calls=args.calls) for n in run}
+    if jax.default_backend() == "gpu":
+        mine = ours(args.implementation)
+        row["kernels_ms"] = {n: kernels(jax.jit(mine[n]), *arrays) for n in PRODUCTS}
+        if hasattr(torch, "_grouped_mm"):
+            row["torch_ms"] = of_torch(args.rows, features, columns, sizes, args.calls)
+    return row
+
+
+def show(row: dict, flop: float) -> None:
+    """One line for each product."""
+    times = {key[:-3]: value for key, value in row.items() if key.endswith("_ms")}
+    times.pop("kernels", None)
+    for name in PRODUCTS:
+        told = "  ".join(
+            f"{k} {v[name]:8.3f} ({flop / v[name] / 1e9:4.0f})" for k, v in times.items()
+        )
+        where = f"{row['features']}x{row['columns']} G={row['groups']:<3d} {row['sizes']:6s}"
+        print(f"{where} {name:3s}  {told}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--shapes", nargs="+", default=["4096x8192", "2048x4096"])
+    parser.add_argument("--groups", type=int, nargs="+", default=[4, 8, 64])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--implementation", default="pallas", choices=["pallas", "xla"])
+    parser.add_argument("--calls", type=int, default=10)
+    parser.add_argument(
+        "--ragged-dot-up-to", type=int, default=8, help="groups; it may mask x once for each"
+    )
+    args, rows = parser.parse_args(), []
+    print("ms (TFLOP/s)")
+    for shape in args.shapes:
+        features, columns = map(int, shape.split("x"))
+        for groups in args.groups:
+            for deal in args.sizes:
+                rows.append(measure(args, features, columns, groups, deal))
+                show(rows[-1], 2 * args.rows * features * columns)
+                save("grouped_gpu", rows)  # what there is, should the run be stopped
+    print(save("grouped_gpu", rows))
+
+
+if __name__ == "__main__":
+    main()
