@@ -2,8 +2,8 @@
 
     python benchmarks/tune_grouped_gpu.py
 
-For each product it times every choice of the constants of `sparsax/pallas/grouped_matmul/product.py`
-that fits in shared memory, by the profiler, without what XLA does around the kernel. bfloat16.
+For each product it times choices of the constants of `sparsax.pallas.grouped_matmul.product` that
+fit in shared memory, by the profiler, without what XLA does around the kernel. bfloat16.
 """
 
 import argparse

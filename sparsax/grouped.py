@@ -23,9 +23,9 @@ def gmm(
 
     Rows are sorted by group: the first `group_sizes[0]` are of group 0, the next of group 1. Rows
     past the sum of the sizes give 0, whatever they hold, and get no gradient. Sizes are data:
-    other sizes need no compilation. Differentiable in x, w and bias, to any order; works under
-    jit, vmap, scan and shard_map, where rows (with the sizes of each shard), groups, or output
-    features may be sharded.
+    other sizes need no compilation, and under jit what they list past row M is cut off.
+    Differentiable in x, w and bias, to any order; works under jit, vmap, scan and shard_map, where
+    rows (each shard with sizes of its own) or output features may be sharded.
 
     Args:
         x: rows `[M, D]`, float32, bfloat16 or float16; sums are float32.

@@ -156,6 +156,13 @@ def test_other_sizes_need_no_compilation():
     assert run._cache_size() == 1
 
 
+def test_sizes_that_become_known_too_late_are_cut_off():
+    x, w, _, bias, dy = Case(name="ragged").inputs()
+    run = jax.jit(lambda sizes: (gmm(x, w, sizes, bias), tgmm(x, dy, sizes)))
+    too_many, cut = run(jnp.array([100, -5, 100, 7])), run(jnp.array([100, 0, 28, 0]))
+    jax.tree.map(np.testing.assert_array_equal, too_many, cut)
+
+
 def test_vmap_over_everything_and_over_rows_alone():
     c = Case(name="ragged")
     one, two = c.inputs(0)[:4], dataclasses.replace(c, sizes=(0, 64, 10, 3)).inputs(1)[:4]

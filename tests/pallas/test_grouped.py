@@ -78,7 +78,7 @@ ALONE = {  # one kernel each: races of the last one alone are kept
 def test_no_races(name):
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # no public way
 
-    inputs = Case(name="races", sizes=(3, 377, 0, 30), M=420, D=192, F=192, dtype="bfloat16")
+    inputs = Case(name="races", sizes=(3, 297, 0, 30), M=340, D=128, F=256, dtype="bfloat16")
     inputs, run = inputs.inputs(), ALONE[name]
     with pallas.interpreted(detect_races=True):
         got = jax.block_until_ready(
@@ -171,6 +171,14 @@ FITS = [
     ),
     ((256, 320), 8, "float16", False),
 ]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 3), (37, 5), (64, 2), (3, 40)])
+def test_every_tile_has_its_turn_and_neighbours_share_columns(rows, columns):
+    places = [tuple(map(int, product.raster(n, rows, columns))) for n in range(rows * columns)]
+    assert set(places) == set(itertools.product(range(rows), range(columns)))
+    run = places[: product.BAND]
+    assert len({column for _, column in run}) == -(-len(run) // min(rows, product.BAND))
 
 
 @pytest.mark.parametrize(("features", "groups", "dtype", "transpose_w"), FITS)
