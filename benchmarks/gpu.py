@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 128
@@ -37,18 +38,52 @@ def randomly(heads: int, blocks: int, density: float, seed: int = 0) -> np.ndarr
     return drawn | np.eye(blocks, dtype=bool)
 
 
-PATTERNS = {"spion": spion_like, "window": window, "random": randomly}
+def bigbird(heads: int, blocks: int, density: float, seed: int = 0) -> np.ndarray:
+    """A band of three, the first row and column, and drawn blocks up to the density."""
+    i = np.arange(blocks)
+    fixed = (abs(i - i[:, None]) <= 1) | (i == 0) | (i == 0)[:, None]
+    rest = max(0.0, (density - fixed.mean()) / (1 - fixed.mean()))
+    return fixed | (np.random.default_rng(seed).random((heads, blocks, blocks)) < rest)
 
 
-def milliseconds(function, *args, calls: int = 10, repeats: int = 5) -> float:
-    """Median over repeats of the mean time of queued calls, after one call that warms up."""
-    jax.block_until_ready(function(*args))
+PATTERNS = {"spion": spion_like, "window": window, "bigbird": bigbird, "random": randomly}
+
+
+def repeated(function, calls: int):
+    """A jitted function that calls `function` so often, one call after the other.
+
+    As in a training step, the host is out of the way: it would take longer to dispatch a call than
+    a GPU takes for a short one. One number of q, and of every array that does not hold floats,
+    hangs on what the last call wrote, so that XLA can take none of the work out of the loop.
+    """
+
+    def touch(x, zero):
+        return x.at[(0,) * x.ndim].add(zero.astype(x.dtype))
+
+    @jax.jit
+    def run(q, *rest):
+        def body(args, _):
+            # The barrier, because XLA would compute no more of a result than is read.
+            leaves = jax.tree.leaves(jax.lax.optimization_barrier(function(*args)))
+            zero = 0 * sum(x[(0,) * x.ndim].astype(np.float32) for x in leaves)
+            q, *rest = args
+            rest = jax.tree.map(
+                lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else touch(x, zero), rest
+            )
+            return (touch(q, zero), *rest), zero
+
+        return jax.lax.scan(body, (q, *rest), length=calls)[1]
+
+    return run
+
+
+def milliseconds(run, *args, calls: int, repeats: int = 5) -> float:
+    """Median over repeats of the time of a call of a `repeated` function."""
+    jax.block_until_ready(run(*args))
     found = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        for _ in range(calls):
-            result = function(*args)
-        jax.block_until_ready(result)
+        jax.block_until_ready(run(*args))
         found.append((time.perf_counter() - begin) / calls)
     return 1e3 * float(np.median(found))
 
