@@ -25,6 +25,7 @@ from sparsax.lowrank import choose_tiles as choose_tiles
 from sparsax.lowrank import tsvd as tsvd
 from sparsax.lowrank import tsvd_common as tsvd_common
 from sparsax.multigrain import compound_attention as compound_attention
+from sparsax.quantise import ProductQuantizer as ProductQuantizer
 from sparsax.routing import FFNBlocks as FFNBlocks
 from sparsax.routing import FFNLoRA as FFNLoRA
 from sparsax.routing import RoutingPlan as RoutingPlan
@@ -32,3 +33,4 @@ from sparsax.routing import route_top_k as route_top_k
 from sparsax.routing import split_ffn as split_ffn
 from sparsax.slices import SlicePlan as SlicePlan
 from sparsax.slices import slice_plan as slice_plan
+from sparsax.top_l import top_l_attention as top_l_attention

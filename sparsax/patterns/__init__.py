@@ -1,7 +1,9 @@
 """Who attends to whom: returns a `BlockPattern`, or a `CompoundPattern` in `compound`."""
 
 from sparsax.patterns import compound as compound
+from sparsax.patterns import quality as quality
 from sparsax.patterns import spion as spion
+from sparsax.patterns import topl as topl
 from sparsax.patterns.static import bigbird as bigbird
 from sparsax.patterns.static import causal as causal
 from sparsax.patterns.static import diagonal as diagonal

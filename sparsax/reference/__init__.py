@@ -8,3 +8,4 @@ from sparsax.reference.grouped import gmm as gmm
 from sparsax.reference.grouped import tgmm as tgmm
 from sparsax.reference.linear import tsvd_common_matmul as tsvd_common_matmul
 from sparsax.reference.linear import tsvd_matmul as tsvd_matmul
+from sparsax.reference.top_l import top_l_attention as top_l_attention

@@ -1,0 +1,104 @@
+"""Attention over the best keys of every query: arguments, which implementation runs, gradient."""
+
+from functools import partial
+
+import jax
+from jaxtyping import Array, Bool
+
+from sparsax import checks, reference, xla
+from sparsax.patterns import topl
+from sparsax.quantise import Codes
+from sparsax.typing import Implementation, Key, Query, Value
+
+
+def top_l_attention(
+    q: Query,
+    k: Key,
+    v: Value,
+    codes: Codes,
+    *,
+    keep: int,
+    causal: bool = False,
+    key_mask: Bool[Array, "B S"] | None = None,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> Query:
+    """Softmax attention of every query over the L keys that score best by their codes.
+
+    The choice is exact: the L best by integer scores, the most recent of equals, the own key
+    always, all keys where a query sees fewer than L. It is stored as two integers a query and found
+    again from the codes, so memory is linear in the length. Scores of all pairs are computed: this
+    saves memory, not time (`select="blocks"` of `sparsax.nn.TopLAttention` saves time).
+    Differentiable in reverse mode (the choice itself has no gradient), works under jit, vmap, scan,
+    `jax.checkpoint` and shard_map (batch and heads), and is deterministic.
+
+    Args:
+        q: queries `[B, T, N, H]`: float32, bfloat16 or float16; softmax runs in float32.
+        k: keys `[B, T, K, H]`; K divides N (grouped-query and multi-query attention).
+        v: values, shaped as the keys.
+        codes: `quantizer.codes(q, k, score=...)`, see `ProductQuantizer.codes`.
+        keep: L, the keys that a query keeps, its own among them; the paper's choice is T / 8.
+        causal: whether a query sees keys of its own index and below only.
+        key_mask: False for keys that are padding.
+        scale: factor of the logits; `1 / sqrt(H)` when None.
+        implementation: "reference" (dense, float32), "xla" (any device), or None for "xla". A
+            name runs or raises: nothing falls back.
+
+    Returns:
+        `o [B, T, N, H]` in q's dtype. A query that keeps no key has o = 0 and zero gradients.
+
+    Raises:
+        ValueError: shapes, dtypes, lengths, codes or a name are wrong.
+        NotImplementedError: the named implementation cannot do this.
+
+    Source: Gui et al., "SPT" (arXiv 2312.10365), section 4.1.
+
+    Example:
+        >>> import jax
+        >>> import sparsax
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 256, 4, 32))
+        >>> quantizer = sparsax.ProductQuantizer.fit(jax.random.key(1), k)
+        >>> codes = quantizer.codes(q, k, score="adc")
+        >>> sparsax.top_l_attention(q, k, v, codes, keep=32, causal=True).shape
+        (1, 256, 4, 32)
+    """
+    checks.attention_inputs(q, k, v)
+    topl.check_codes(codes, keep, key_mask)
+    got = codes.queries.shape[:3], codes.keys.shape[:3]
+    if got != (q.shape[:3], k.shape[:3]):
+        raise ValueError(
+            f"codes must be those of these q and k, {q.shape[:3]} and {k.shape[:3]}; got codes of "
+            f"{got[0]} and {got[1]}. Call quantizer.codes(q, k)."
+        )
+    chosen = checks.implementation(implementation, "xla")
+    if chosen == "pallas":
+        checks.kernel_runs("has no kernel of top-L attention")
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if chosen == "reference":
+        o = reference.top_l_attention(
+            q, k, v, codes.query_codes, codes.key_codes, key_mask, keep=keep, causal=causal,
+            scale=scale,
+        )  # fmt: skip
+        return o.astype(q.dtype)
+    kept = topl.tokens(codes, keep=keep, causal=causal, key_mask=key_mask)
+    q, k, v = xla.vary_alike((q, k, v), *jax.tree.leaves(kept))
+    call = ("num_codes", codes.num_codes), ("scale", scale), ("causal", causal)
+    return _attend(call, q, k, v, codes.queries, codes.keys, kept.tau, kept.first, key_mask)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call, q, k, v, queries, keys, tau, first, key_mask):
+    return _forward(call, q, k, v, queries, keys, tau, first, key_mask)[0]
+
+
+def _forward(call, q, k, v, *choice):
+    o, lse = xla.top_l_forward(q, k, v, *choice, **dict(call))
+    return o, (q, k, v, o, lse, choice)
+
+
+def _backward(call, residuals, do):
+    *arrays, choice = residuals
+    return *xla.top_l_backward(*arrays, do, *choice, **dict(call)), *(None for _ in choice)
+
+
+_attend.defvjp(_forward, _backward)
