@@ -1,6 +1,7 @@
 """Fine-tuning a few parameters: adapters saved alone, and merged."""
 
 import os
+import typing
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 
 from sparsax.nn import (
     CommonParam,
+    LoRALinear,
     TSVDCommonLinear,
     TSVDLinear,
     named_modules,
@@ -87,11 +89,55 @@ def load_adapters(
     nnx.update(model, nnx.from_flat_state(flat))
 
 
+class Count(typing.NamedTuple):
+    """Numbers that are trained, and all parameters of the model."""
+
+    trainable: int
+    total: int
+
+    def __repr__(self) -> str:
+        return f"(trainable={self.trainable}, total={self.total})"
+
+
+def count_parameters(model: nnx.Module, wrt: type[nnx.Variable]) -> Count:
+    """How many numbers fine-tuning trains, and how many parameters there are.
+
+    Arguments and errors as of `adapters`. `rules.LoRA` has an example.
+    """
+    trainable = sum(array.size for array in adapters(model, wrt).values())
+    return Count(trainable, sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))))
+
+
+def trainable_mask(model: nnx.Module, wrt: type[nnx.Variable]) -> typing.Any:
+    """True where a parameter is fine-tuned: an `nnx.State` like `nnx.state(model, nnx.Param)`.
+
+    For optax without `nnx.Optimizer`, whose `wrt` needs no mask. Errors as of `adapters`.
+
+    Example:
+        >>> import optax
+        >>> import sparsax
+        >>> from flax import nnx
+        >>> model = sparsax.nn.Encoder(9, 8, rngs=nnx.Rngs(0))
+        >>> tuned, _ = sparsax.sparsify(model, [sparsax.rules.LoRA(path=".*up", rank=4)])
+        >>> mask = sparsax.peft.trainable_mask(tuned, nnx.LoRAParam)
+        >>> tx = optax.chain(
+        ...     optax.masked(optax.adam(1e-3), mask),
+        ...     optax.masked(optax.set_to_zero(), jax.tree.map(lambda m: not m, mask)),
+        ... )
+        >>> state = tx.init(nnx.state(tuned, nnx.Param))
+    """
+    chosen = adapters(model, wrt)
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return nnx.from_flat_state(
+        [(path, value.replace(_name(path) in chosen)) for path, value in flat]
+    )
+
+
 def merge[M: nnx.Module](model: M) -> M:
-    """A copy of a model in which every factored layer is a dense layer again.
+    """A copy of a model in which every factored layer, and every one with LoRA, is dense again.
 
     Raises:
-        ValueError: the model has no factored layer, or one with an activation of its own.
+        ValueError: the model has no such layer, or one with an activation of its own.
 
     Example:
         >>> import sparsax
@@ -107,10 +153,12 @@ def merge[M: nnx.Module](model: M) -> M:
     dense = {
         path: module.to_linear()
         for path, module in named_modules(new).items()
-        if path and isinstance(module, TSVDLinear | TSVDCommonLinear)
+        if path and isinstance(module, TSVDLinear | TSVDCommonLinear | LoRALinear)
     }
     if not dense:
-        raise ValueError(f"the model has no factored layer; got {type(model).__name__}.")
+        raise ValueError(
+            f"the model must have a factored layer or one with LoRA; got {type(model).__name__}."
+        )
     replace_modules(new, dense)
     return new
 

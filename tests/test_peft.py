@@ -1,14 +1,22 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
 from sparsax import sparsify
-from sparsax.nn import Encoder
-from sparsax.peft import adapters, load_adapters, merge, save_adapters
-from sparsax.rules import TSVD, TSVDCommon
+from sparsax.nn import Encoder, LoRALinear
+from sparsax.peft import (
+    adapters,
+    count_parameters,
+    load_adapters,
+    merge,
+    save_adapters,
+    trainable_mask,
+)
+from sparsax.rules import TSVD, LoRA, TSVDCommon
 from tests.helpers import assert_near
 
 TOKENS = jnp.arange(16)[None]
@@ -69,5 +77,69 @@ def test_merging_gives_dense_layers_with_the_same_outputs(rule):
     merged = merge(small)
     assert_near(merged(TOKENS), small(TOKENS), 1e-5, "output")
     assert nnx.graphdef(merged.blocks) == nnx.graphdef(model.blocks)
-    with pytest.raises(ValueError, match="no factored layer; got Encoder"):
+    with pytest.raises(ValueError, match="a factored layer or one with LoRA; got Encoder"):
         merge(model)
+
+
+def with_lora(seed=0, **options):
+    """A model with LoRA on feed-forward layers and projections, its B no longer 0."""
+    model = Encoder(50, 16, features=32, hidden=64, rngs=nnx.Rngs(seed))
+    tuned, _ = sparsify(model, [LoRA(path=r".*\.(up|query|out)", rank=4, **options)])
+    for i, layer in enumerate(lora_layers(tuned)):
+        layer.lora_b[...] = jax.random.normal(jax.random.key(i), layer.lora_b.shape)
+    return model, tuned
+
+
+def lora_layers(model):
+    return [m for _, m in nnx.iter_modules(model) if isinstance(m, LoRALinear)]
+
+
+def test_lora_starts_as_the_dense_model():
+    model = Encoder(50, 16, features=32, hidden=64, rngs=nnx.Rngs(0))
+    tuned, report = sparsify(model, [LoRA(path=r".*\.(up|query|out)", rank=4)])
+    np.testing.assert_array_equal(tuned(TOKENS), model(TOKENS))
+    assert len(lora_layers(tuned)) == 6
+    added = 2 * 4 * ((32 + 64) + 2 * (32 + 32))
+    assert report.parameters[1] - report.parameters[0] == added
+    assert count_parameters(tuned, nnx.LoRAParam) == (added, report.parameters[1])
+    starts = [layer.lora_a[...] for layer in lora_layers(tuned) if layer.lora_a.shape == (32, 4)]
+    assert len({float(start.sum()) for start in starts}) == len(starts) == 6
+
+
+@pytest.mark.parametrize("alpha", [None, 8.0])
+def test_lora_adds_a_product_of_low_rank_and_merges(alpha):
+    model, tuned = with_lora(alpha=alpha)
+    layer, dense = tuned.blocks[0].up, model.blocks[0].up
+    x = jax.random.normal(jax.random.key(9), (3, 32))
+    scale = 1.0 if alpha is None else alpha / 4
+    want = dense(x) + scale * x @ (layer.lora_a[...] @ layer.lora_b[...])
+    assert_near(layer(x), want, 1e-5, "layer")
+    merged = merge(tuned)
+    assert_near(merged(TOKENS), tuned(TOKENS), 1e-5, "merged")
+    assert nnx.graphdef(merged.blocks) == nnx.graphdef(model.blocks)
+
+
+def test_fine_tuning_changes_the_adapters_alone_and_they_travel(tmp_path):
+    (_, tuned), (_, fresh) = with_lora(), with_lora()
+    optimizer = nnx.Optimizer(tuned, optax.adam(1e-2), wrt=nnx.LoRAParam)
+    before = jax.tree.map(jnp.copy, nnx.state(tuned, nnx.Param))
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss = lambda model: (model(TOKENS) ** 2).mean()
+        grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+        optimizer.update(model, grads)
+
+    step(tuned, optimizer)
+    after, mask = nnx.state(tuned, nnx.Param), trainable_mask(tuned, nnx.LoRAParam)
+    changed = jax.tree.map(lambda x, y: bool((x != y).any()), before, after)
+    assert jax.tree.leaves(changed) == jax.tree.leaves(mask)
+    save_adapters(tmp_path / "lora.safetensors", tuned, wrt=nnx.LoRAParam)
+    load_adapters(tmp_path / "lora.safetensors", fresh, wrt=nnx.LoRAParam)
+    np.testing.assert_array_equal(fresh(TOKENS), tuned(TOKENS))
+
+
+@pytest.mark.parametrize("rank", [0, 33])
+def test_lora_refuses_a_rank_that_is_none(rank):
+    with pytest.raises(ValueError, match=f"rank must be between 1 and .* 32; got {rank}"):
+        LoRALinear(nnx.Linear(32, 64, rngs=nnx.Rngs(0)), rank=rank, rngs=nnx.Rngs(1))

@@ -16,6 +16,7 @@ from sparsax.nn.ffn import RouterParam as RouterParam
 from sparsax.nn.ffn import RoutingRecord as RoutingRecord
 from sparsax.nn.ffn import TunedParam as TunedParam
 from sparsax.nn.longformer import LongformerSelfAttention as LongformerSelfAttention
+from sparsax.nn.lora import LoRALinear as LoRALinear
 from sparsax.nn.routing import balance_step as balance_step
 from sparsax.nn.routing import call_with_routing as call_with_routing
 from sparsax.nn.routing import set_active as set_active

@@ -1,4 +1,4 @@
-"""The rules that `sparsax.sparsify` applies: dense layers to factored ones."""
+"""Rules that replace dense layers by factored ones."""
 
 import dataclasses
 import typing

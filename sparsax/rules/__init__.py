@@ -1,0 +1,6 @@
+"""The rules that `sparsax.sparsify` applies."""
+
+from sparsax.rules.lora import LoRA as LoRA
+from sparsax.rules.tsvd import TSVD as TSVD
+from sparsax.rules.tsvd import GramObserver as GramObserver
+from sparsax.rules.tsvd import TSVDCommon as TSVDCommon
