@@ -144,8 +144,8 @@ class RoutedFFN(nnx.Module):
             active: blocks of a token.
             activation: between the layers.
             calibration: inputs of the layer, `[*, D]`, many more than D tokens. Units that they
-                activate together share a block, and the router is fitted to predict the blocks'
-                activation norms.
+                activate together share a block, and the router is fitted to predict the `active`
+                blocks of largest activation norm (half of them when all are active).
             assignment: block of every hidden unit, see `sparsax.split_ffn`. None clusters by
                 calibration inputs, or takes consecutive units without them.
             lora_rank: R of LoRA beside every matrix; 0 is without.
@@ -166,7 +166,9 @@ class RoutedFFN(nnx.Module):
         blocks = split_ffn(num_blocks=num_blocks, assignment=assignment, **dense)
         router = None
         if x is not None:
-            fit = fit_router(x, blocks.norms(x, activate), active)
+            # Warming up from all blocks, the router is there for later, when they are fewer.
+            later = active if active < num_blocks else max(1, num_blocks // 2)
+            fit = fit_router(x, blocks.norms(x, activate), later)
             router = fit.kernel, fit.bias
         lora = None
         if lora_rank:

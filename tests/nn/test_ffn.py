@@ -218,6 +218,10 @@ def test_calibration_fits_blocks_and_router():
         jnp.linalg.norm(call(layer, x[400:]) - want) / jnp.linalg.norm(want)
     )
     assert error(fitted) < 0.75 < 0.85 < error(plain)
+    warm = RoutedFFN.from_dense(up, down, calibration=x[:400], **options | {"active": G})
+    assert error(warm) < 1e-5
+    set_active(warm, 1)
+    assert error(warm) < 0.75
 
 
 def test_state_survives_orbax_and_a_merge(tmp_path):
