@@ -89,7 +89,11 @@ def test_values_and_gradients_match_the_float32_reference(c):
             assert_near(one, other, limit, name)
 
 
-@BY_NAME
+def chosen(*names):
+    return pytest.mark.parametrize("c", [c for c in CASES if c.name in names], ids=lambda c: c.name)
+
+
+@chosen("ragged", "transposed", "nobody_has_any", "rows_left_over", "one_row", "bf16")
 def test_the_reference_multiplies_each_row_by_the_matrix_of_its_group(c):
     x, w, sizes, bias, dy = c.inputs()
     y = jax.jit(multiply(c, "reference"))(x, w, sizes, bias)
@@ -159,7 +163,7 @@ def test_other_sizes_need_no_compilation():
 def test_sizes_that_become_known_too_late_are_cut_off():
     x, w, _, bias, dy = Case(name="ragged").inputs()
     run = jax.jit(lambda sizes: (gmm(x, w, sizes, bias), tgmm(x, dy, sizes)))
-    too_many, cut = run(jnp.array([100, -5, 100, 7])), run(jnp.array([100, 0, 28, 0]))
+    too_many, cut = run(jnp.array([60, -5, 300, 7])), run(jnp.array([60, 0, 68, 0]))
     jax.tree.map(np.testing.assert_array_equal, too_many, cut)
 
 
@@ -211,9 +215,8 @@ def test_shard_map_over_output_features():
         assert_near(one, other, 1e-5, "gradient")
 
 
-@pytest.mark.parametrize("name", ["many", "every_tile", "bf16_transposed_left_over"])
-def test_two_runs_give_the_same_bits(name):
-    c = next(c for c in CASES if c.name == name)
+@chosen("every_tile", "bf16_transposed_left_over")
+def test_two_runs_give_the_same_bits(c):
     one, two = (value_and_gradients(c, c.dtype, "xla") for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, two)
 

@@ -9,9 +9,10 @@ HIGHEST = jax.lax.Precision.HIGHEST
 def gmm(x, w, group_sizes, bias, *, transpose_w: bool):
     """`x[m] w[g] + bias[g]` for row m of group g, float32; 0 for rows of no group."""
     w = w.swapaxes(1, 2) if transpose_w else w
-    y = _einsum("md,gdf->gmf", x, w)
+    member = _member(group_sizes, len(x))[..., None]
+    y = _einsum("gmd,gdf->gmf", jnp.where(member, x, 0), w)
     y = y if bias is None else y + bias.astype(jnp.float32)[:, None]
-    return jnp.where(_member(group_sizes, len(x))[..., None], y, 0).sum(0)
+    return jnp.where(member, y, 0).sum(0)
 
 
 def tgmm(x, dy, group_sizes):
