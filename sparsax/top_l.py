@@ -97,8 +97,9 @@ def _forward(call, q, k, v, *choice):
 
 
 def _backward(call, residuals, do):
-    *arrays, choice = residuals
-    return *xla.top_l_backward(*arrays, do, *choice, **dict(call)), *(None for _ in choice)
+    q, k, v, o, lse, choice = residuals
+    gradients = xla.top_l_backward(q, k, v, o, lse, do, *choice, **dict(call))
+    return *gradients, *(None for _ in choice)
 
 
 _attend.defvjp(_forward, _backward)

@@ -218,8 +218,8 @@ REFUSED = {
         r"key_mask must be boolean \[B, S\]=\(2, 72\).*got bool \(2, 71\)",
     ),
     "foreign": (
-        lambda: other(codes=case("gqa_match").inputs()[4]),
-        r"codes must be those of these q and k.*got codes of \(2, 72, 4\)",
+        lambda: other(codes=case("mqa").inputs()[4]),
+        r"codes must be those of these q and k.*got codes of \(2, 72, 3\)",
     ),
     "cross": (
         lambda: topl.tokens(

@@ -22,6 +22,10 @@ from sparsax.nn.routing import call_with_routing as call_with_routing
 from sparsax.nn.routing import set_active as set_active
 from sparsax.nn.surgery import named_modules as named_modules
 from sparsax.nn.surgery import replace_modules as replace_modules
+from sparsax.nn.top_l import Codebooks as Codebooks
+from sparsax.nn.top_l import CodebookWeights as CodebookWeights
+from sparsax.nn.top_l import TopLAttention as TopLAttention
+from sparsax.nn.top_l import with_quantisation_loss as with_quantisation_loss
 from sparsax.nn.transformer import Block as Block
 from sparsax.nn.transformer import Classifier as Classifier
 from sparsax.nn.transformer import Decoder as Decoder
