@@ -95,6 +95,7 @@ CASES = (
     Case(name="lora_gated", R=4, gated=True, activation="silu", bias=False),
     Case(name="masked_lora", masked=True, R=2),
     Case(name="masked_batch_lora", masked=True, R=3, M=(3, 11)),
+    Case(name="own_coefficients", coefficient="own", R=3, gated=True, activation="silu"),
     Case(name="spt_lora_masked", coefficient="spt", R=3, masked=True, M=(4, 9)),
     Case(name="spt_gated_lora", coefficient="spt", R=3, gated=True, activation="silu"),
     Case(name="long", M=(700,), D=16, E=8),  # several sizes of row tiles
@@ -113,7 +114,10 @@ def chosen(*names):
 
 
 def run(c, x, weights, lora, probabilities, **options):
-    plan = route_top_k(probabilities, c.k, mask=c.mask(), coefficient=c.coefficient)
+    coefficient = "spt" if c.coefficient == "own" else c.coefficient
+    plan = route_top_k(probabilities, c.k, mask=c.mask(), coefficient=coefficient)
+    if c.coefficient == "own":  # 2 p on the output: not 1, unlike the straight-through ones
+        plan = dataclasses.replace(plan, scaled="output")
     return routed_ffn(x, weights, plan, lora=lora, activation=c.activation, **options)
 
 
