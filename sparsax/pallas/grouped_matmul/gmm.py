@@ -48,8 +48,8 @@ def gmm(x, w, group_sizes, bias=None, *, transpose_w: bool, activation=None, int
 
 class _Item(NamedTuple):
     group: Any
-    row: Any
-    column: Any
+    slab: Any  # the tile's first
+    column: Any  # in tiles; sizes are multiplied at use, which proves copies to be aligned
     start: Any  # of the group
     end: Any
     steps: Any
@@ -69,25 +69,26 @@ def _kernel(x, w, has_bias: bool, transpose_w: bool, activate, interpret):
             tile, column = raster(n, table[0], wide)
             group, slab, start, end = (table[1 + i * most + tile] for i in range(4))
             steps = jnp.where(group < groups, depth // DEPTH, 0)
-            return _Item(group, slab * SLAB, column * width, start, end, steps)
+            return _Item(group, slab, column, start, end, steps)
 
         def fill(here, step, a, b, barrier):
             inner = pl.ds(step * DEPTH, DEPTH)
             for half in range(COMPUTE):
-                own = pl.ds(here.row + half * WG_ROWS, WG_ROWS)
+                own = pl.ds(here.slab * SLAB + half * WG_ROWS, WG_ROWS)
                 plgpu.copy_gmem_to_smem(x_ref.at[own, inner], a.at[half], barrier)
-            outer = pl.ds(here.column, width)
+            outer = pl.ds(here.column * width, width)
             part = (outer, inner) if transpose_w else (inner, outer)
             plgpu.copy_gmem_to_smem(w_ref.at[(here.group, *part)], b, barrier)
 
         def store(here, wg, total, staging):
             if bias_ref is not None:
-                part = bias_ref.at[here.group, pl.ds(here.column, width)]
+                part = bias_ref.at[here.group, pl.ds(here.column * width, width)]
                 bias = plgpu.load(part, layout=COL, optimized=False)
                 total = total + per_col(bias, total.shape)
             total = total if activate is None else activate(total)
+            row, column = here.slab * SLAB + wg * WG_ROWS, here.column * width
             copy = lambda chunk, begin: _copy_out(
-                here, here.row + wg * WG_ROWS, here.column + begin, chunk, y_ref, shared_ref
+                here, row, column + begin, chunk, y_ref, shared_ref
             )
             each_chunk(total, staging, x.dtype, copy)
 
@@ -96,7 +97,7 @@ def _kernel(x, w, has_bias: bool, transpose_w: bool, activate, interpret):
     shape = Shape(width, x.dtype, transpose_b=transpose_w)
     out = (
         jax.ShapeDtypeStruct((rows, columns), x.dtype),
-        jax.ShapeDtypeStruct((groups + 1, 2, SLAB, columns), x.dtype),
+        jax.ShapeDtypeStruct((2 * (groups + 1), SLAB, columns), x.dtype),
     )
     return product(make, shape, "gmm", most * wide, out, interpret)
 
@@ -127,7 +128,7 @@ def _copy_out(here: _Item, row, column, chunk, y_ref, shared_ref) -> None:
         @pl.when(listed & here_too)
         def _():
             part = slab((bound - row) // SLAB)
-            plgpu.copy_smem_to_gmem(part, shared_ref.at[here.group, side, :, own])
+            plgpu.copy_smem_to_gmem(part, shared_ref.at[2 * here.group + side, :, own])
 
     aside(here.start, 0, here.end > here.start)
     aside(here.end, 1, here.end // SLAB * SLAB >= here.start)

@@ -66,32 +66,40 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
         plan, ring = make(*refs), Ring(bars, STAGES)
         block, wg = lax.axis_index("item"), lax.axis_index("wg")
         rounds = (plan.count - block + thread_blocks - 1) // thread_blocks
-        item = lambda r: plan.item(block + r * thread_blocks)
+
+        def each_item(visit):
+            """`visit(item, steps before it)` for the block's tiles, each read one ahead."""
+
+            def read(r):
+                return plan.item(jnp.minimum(block + r * thread_blocks, plan.count - 1))
+
+            def go(r, state):
+                here, begin = state
+                coming = read(r + 1)
+                visit(here, begin)
+                return coming, begin + here.steps
+
+            return lax.fori_loop(0, rounds, go, (read(0), jnp.int32(0)))[1]
 
         @pl.when(wg == COMPUTE)
         def copy_tiles():
             plgpu.set_max_registers(40, action="decrease")
 
-            def each(r, begin):
-                here = item(r)
-
+            def copy(here, begin):
                 def fill(i, _):
                     slot = ring.slot(begin + i)
                     ring.reserve(begin + i)
                     plan.fill(here, i, a_smem.at[slot], b_smem.at[slot], ring.filled.at[slot])
 
                 lax.fori_loop(0, here.steps, fill, None)
-                return begin + here.steps
 
-            ring.drain(lax.fori_loop(0, rounds, each, jnp.int32(0)))
+            ring.drain(each_item(copy))
 
         @pl.when(wg < COMPUTE)
         def multiply():
             plgpu.set_max_registers(232, action="increase")
 
-            def each(r, begin):
-                here = item(r)
-
+            def add_up(here, begin):
                 def operands(i):
                     ring.wait(begin + i)
                     slot = ring.slot(begin + i)
@@ -102,9 +110,8 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
                 release = lambda i: ring.release(begin + i)
                 total = cores.sum((WG_ROWS, shape.width), here.steps, operands, release)
                 plan.store(here, wg, total, y_smem.at[wg])
-                return begin + here.steps
 
-            lax.fori_loop(0, rounds, each, jnp.int32(0))
+            each_item(add_up)
             plgpu.wait_smem_to_gmem(0)
 
     b_tile = (shape.width, DEPTH) if shape.transpose_b else (DEPTH, shape.width)

@@ -40,8 +40,8 @@ def tgmm(x, dy, group_sizes, *, interpret=None):
 class _Item(NamedTuple):
     group: Any
     part: Any  # of the result's rows, one for each warpgroup
-    column: Any
-    first: Any  # row of x and dy
+    column: Any  # in tiles
+    slab: Any  # of x and dy, the first of the whole steps
     whole: Any  # steps from there
     steps: Any
 
@@ -56,7 +56,7 @@ def _kernel(x, dy, groups: int, interpret):
             group = n // (high * wide)
             row, column = raster(n - group * high * wide, high, wide)
             slab, whole, steps = (table[i * groups + group] for i in range(3))
-            return _Item(group, row * COMPUTE, column * width, slab * SLAB, whole, steps)
+            return _Item(group, row * COMPUTE, column, slab, whole, steps)
 
         def fill(here, step, a, b, barrier):
             def from_rows(x_rows, dy_rows):
@@ -65,11 +65,11 @@ def _kernel(x, dy, groups: int, interpret):
                     own = jnp.minimum(here.part + half, features // WG_ROWS - 1)
                     part = x_rows(pl.ds(own * WG_ROWS, WG_ROWS))
                     plgpu.copy_gmem_to_smem(part, a.at[half], barrier)
-                plgpu.copy_gmem_to_smem(dy_rows(pl.ds(here.column, width)), b, barrier)
+                plgpu.copy_gmem_to_smem(dy_rows(pl.ds(here.column * width, width)), b, barrier)
 
             @pl.when(step < here.whole)
             def _():
-                own = pl.ds(here.first + step * DEPTH, DEPTH)
+                own = pl.ds(here.slab * SLAB + step * DEPTH, DEPTH)
                 from_rows(lambda f: x_ref.at[own, f], lambda f: dy_ref.at[own, f])
 
             @pl.when(step >= here.whole)
@@ -84,7 +84,7 @@ def _kernel(x, dy, groups: int, interpret):
             def copy(chunk, begin):
                 @pl.when(row < features)
                 def _():
-                    own = pl.ds(row, WG_ROWS), pl.ds(here.column + begin, CHUNK)
+                    own = pl.ds(row, WG_ROWS), pl.ds(here.column * width + begin, CHUNK)
                     plgpu.copy_smem_to_gmem(chunk, out_ref.at[(here.group, *own)])
 
             each_chunk(total, staging, x.dtype, copy)
