@@ -9,6 +9,10 @@ from sparsax.nn.attention import score_maps as score_maps
 from sparsax.nn.attention import set_patterns as set_patterns
 from sparsax.nn.bert import Bert as Bert
 from sparsax.nn.bert import BertConfig as BertConfig
+from sparsax.nn.decoder import DecoderBlock as DecoderBlock
+from sparsax.nn.decoder import DecoderConfig as DecoderConfig
+from sparsax.nn.decoder import FeedForward as FeedForward
+from sparsax.nn.decoder import LanguageModel as LanguageModel
 from sparsax.nn.ffn import ChoiceBias as ChoiceBias
 from sparsax.nn.ffn import RoutedFFN as RoutedFFN
 from sparsax.nn.ffn import RoutedLoRAParam as RoutedLoRAParam
@@ -17,6 +21,7 @@ from sparsax.nn.ffn import RoutingRecord as RoutingRecord
 from sparsax.nn.ffn import TunedParam as TunedParam
 from sparsax.nn.longformer import LongformerSelfAttention as LongformerSelfAttention
 from sparsax.nn.lora import LoRALinear as LoRALinear
+from sparsax.nn.rotary import rotate as rotate
 from sparsax.nn.routing import balance_step as balance_step
 from sparsax.nn.routing import call_with_routing as call_with_routing
 from sparsax.nn.routing import set_active as set_active

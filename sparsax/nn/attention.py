@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparsax.attention import block_sparse_attention, score_map
 from sparsax.layouts import BlockPattern
+from sparsax.nn.rotary import rotate
 from sparsax.typing import Implementation, Pruned
 
 
@@ -36,6 +37,8 @@ class SparseAttention(nnx.Module):
         pattern: the blocks to attend to; None is dense.
         causal: whether a token sees only itself and what came before.
         pruned: what pruned keys count, see `sparsax.block_sparse_attention`.
+        rotary: base of rotary positions, see `sparsax.nn.rotate`; None is without.
+        use_bias: whether the projections have a bias.
         implementation: which implementation runs, see `sparsax.block_sparse_attention`.
         dtype: of the computation; the input's when None.
         rngs: stream of the initial parameters.
@@ -63,6 +66,8 @@ class SparseAttention(nnx.Module):
         pattern: BlockPattern | None = None,
         causal: bool = False,
         pruned: Pruned = "drop",
+        rotary: float | None = None,
+        use_bias: bool = True,
         implementation: Implementation | None = None,
         dtype: Any = None,
         rngs: nnx.Rngs,
@@ -75,17 +80,19 @@ class SparseAttention(nnx.Module):
             )
         head_dim = in_features // num_heads if head_dim is None else head_dim
         linear = lambda heads: nnx.LinearGeneral(
-            in_features, (heads, head_dim), dtype=dtype, rngs=rngs
+            in_features, (heads, head_dim), use_bias=use_bias, dtype=dtype, rngs=rngs
         )
         self.query, self.key, self.value = (
             linear(heads) for heads in (num_heads, num_kv_heads, num_kv_heads)
         )
         self.out = nnx.LinearGeneral(
-            (num_heads, head_dim), in_features, axis=(-2, -1), dtype=dtype, rngs=rngs
-        )
+            (num_heads, head_dim), in_features, axis=(-2, -1), use_bias=use_bias, dtype=dtype,
+            rngs=rngs,
+        )  # fmt: skip
         self.pattern = Pattern(pattern)
         self.causal = causal
         self.pruned: Pruned = pruned
+        self.rotary = rotary
         self.implementation: Implementation | None = implementation
         self.probing: Literal["mean", "heads"] | None = None
 
@@ -94,6 +101,8 @@ class SparseAttention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attends within `x`; `key_mask` is False where a token is padding."""
         q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.rotary is not None:
+            q, k = rotate(q, self.rotary), rotate(k, self.rotary)
         if self.probing is not None:
             per_head = self.probing == "heads"
             found = score_map(q, k, causal=self.causal, key_mask=key_mask, per_head=per_head)

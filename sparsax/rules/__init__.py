@@ -1,6 +1,8 @@
 """The rules that `sparsax.sparsify` applies."""
 
 from sparsax.rules.lora import LoRA as LoRA
+from sparsax.rules.routed import InputObserver as InputObserver
+from sparsax.rules.routed import Routed as Routed
 from sparsax.rules.tsvd import TSVD as TSVD
 from sparsax.rules.tsvd import GramObserver as GramObserver
 from sparsax.rules.tsvd import TSVDCommon as TSVDCommon
