@@ -1,7 +1,7 @@
 """SPION on images as sequences of gray pixels: the comparison of listops.py on another task.
 
     uv run python examples/image.py                       # scikit-learn's 8 x 8 digits
-    uv run python examples/image.py --data FOLDER         # CIFAR-10 gray, some twenty minutes
+    uv run python examples/image.py --data FOLDER         # CIFAR-10 gray, some five minutes
     uv run python examples/image.py --data FOLDER --full  # sizes of the Long Range Arena
 
 FOLDER holds cifar10_gray_train.npy.xz and cifar10_gray_test.npy.xz: uint8, column 0 the class,
