@@ -3,10 +3,11 @@
     python benchmarks/grouped_gpu.py
 
 bfloat16; rows are dealt to the groups evenly or by a random share ("skewed", with an empty group).
-Milliseconds are the medians of runs of queued calls, for the product and for both of its
-gradients; TFLOP/s count every row once. In the same run: one dense matmul of as many FLOPs
-(cuBLAS), the portable implementation, `jax.lax.ragged_dot` and, where PyTorch imports,
-`torch._grouped_mm`. Results are compared with those of the portable implementation first.
+Milliseconds are the medians of runs of calls inside one program (of PyTorch: of queued calls), for
+the product and for both of its gradients; TFLOP/s count every row once. In the same run: one dense
+matmul of as many FLOPs (cuBLAS), the portable implementation, `jax.lax.ragged_dot` and, where
+PyTorch imports, `torch._grouped_mm`. Results are compared with those of the portable
+implementation first.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu import kernels, milliseconds
+from gpu import kernels, milliseconds, repeated
 from harness import save
 
 import sparsax
@@ -25,7 +26,8 @@ try:
 except ImportError:  # the peer is optional
     torch = None
 
-PRODUCTS = ("gmm", "dx", "dw")
+# What each product multiplies; the sizes come third.
+PRODUCTS = {"gmm": ("x", "w"), "dx": ("dy", "w"), "dw": ("x", "dy")}
 TO_WEIGHTS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())),
     lhs_ragged_dimensions=[0],
@@ -49,32 +51,44 @@ SIZES = {"even": even, "skewed": skewed}
 
 
 def ours(implementation: str) -> dict:
-    """The product and its gradients as functions of `(x, w, dy, sizes)`."""
+    """The product and its gradients as functions of two operands and the sizes."""
     options = {"implementation": implementation}
     return {
-        "gmm": lambda x, w, dy, n: sparsax.gmm(x, w, n, **options),
-        "dx": lambda x, w, dy, n: sparsax.gmm(dy, w, n, transpose_w=True, **options),
-        "dw": lambda x, w, dy, n: sparsax.tgmm(x, dy, n, **options),
+        "gmm": lambda x, w, n: sparsax.gmm(x, w, n, **options),
+        "dx": lambda dy, w, n: sparsax.gmm(dy, w, n, transpose_w=True, **options),
+        "dw": lambda x, dy, n: sparsax.tgmm(x, dy, n, **options),
     }
 
 
 DENSE = {
-    "gmm": lambda x, w, dy, n: x @ w[0],
-    "dx": lambda x, w, dy, n: dy @ w[0].T,
-    "dw": lambda x, w, dy, n: x.T @ dy,
+    "gmm": lambda x, w, n: x @ w[0],
+    "dx": lambda dy, w, n: dy @ w[0].T,
+    "dw": lambda x, dy, n: x.T @ dy,
 }
 RAGGED_DOT = {
-    "gmm": lambda x, w, dy, n: jax.lax.ragged_dot(x, w, n),
-    "dx": lambda x, w, dy, n: jax.lax.ragged_dot(dy, w.swapaxes(1, 2), n),
-    "dw": lambda x, w, dy, n: jax.lax.ragged_dot_general(x, dy, n, TO_WEIGHTS),
+    "gmm": jax.lax.ragged_dot,
+    "dx": lambda dy, w, n: jax.lax.ragged_dot(dy, w.swapaxes(1, 2), n),
+    "dw": lambda x, dy, n: jax.lax.ragged_dot_general(x, dy, n, TO_WEIGHTS),
 }
 
 
-def check(implementation: str, arrays) -> dict[str, float]:
+def operands(rows: int, features: int, columns: int, sizes: np.ndarray) -> dict[str, tuple]:
+    """What each product is given."""
+    shapes = {"x": (rows, features), "w": (len(sizes), features, columns), "dy": (rows, columns)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    drawn = {
+        name: jax.random.normal(key, shape, jnp.bfloat16)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    sizes = jnp.asarray(sizes, jnp.int32)
+    return {name: (drawn[a], drawn[b], sizes) for name, (a, b) in PRODUCTS.items()}
+
+
+def check(implementation: str, given) -> dict[str, float]:
     """Relative L2 error of each product to the portable one's; more than rounding is an error."""
     found, norm = {}, lambda a: jnp.linalg.norm(a.astype(jnp.float32).reshape(-1))
     for name in PRODUCTS:
-        got, want = (jax.jit(ours(which)[name])(*arrays) for which in (implementation, "xla"))
+        got, want = (jax.jit(ours(which)[name])(*given[name]) for which in (implementation, "xla"))
         found[name] = float(norm(got.astype(jnp.float32) - want) / norm(want))
         if not found[name] < 1e-2:
             raise SystemExit(f"{name} is wrong: relative error {found[name]}")
@@ -111,23 +125,20 @@ def _torch_milliseconds(run, calls: int) -> float:
 def measure(args, features: int, columns: int, groups: int, deal: str) -> dict:
     """Everything about one shape and one way to deal the rows."""
     sizes = SIZES[deal](args.rows, groups)
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = ((args.rows, features), (groups, features, columns), (args.rows, columns))
-    arrays = [jax.random.normal(*pair, jnp.bfloat16) for pair in zip(keys, shapes, strict=True)]
-    arrays.append(jnp.asarray(sizes, jnp.int32))
+    given = operands(args.rows, features, columns, sizes)
     row = {
         "rows": args.rows, "features": features, "columns": columns, "groups": groups,
-        "sizes": deal, "errors": check(args.implementation, arrays),
+        "sizes": deal, "errors": check(args.implementation, given),
     }  # fmt: skip
     rivals = {args.implementation: ours(args.implementation), "dense": DENSE, "xla": ours("xla")}
     if groups <= args.ragged_dot_up_to:
         rivals["ragged_dot"] = RAGGED_DOT
     for rival, products in rivals.items():
-        run = {name: jax.jit(products[name]) for name in PRODUCTS}
-        row[f"{rival}_ms"] = {n: milliseconds(run[n], *arrays, calls=args.calls) for n in run}
+        run = {name: repeated(products[name], args.calls) for name in PRODUCTS}
+        row[f"{rival}_ms"] = {n: milliseconds(run[n], *given[n], calls=args.calls) for n in run}
     if jax.default_backend() == "gpu":
         mine = ours(args.implementation)
-        row["kernels_ms"] = {n: kernels(jax.jit(mine[n]), *arrays) for n in PRODUCTS}
+        row["kernels_ms"] = {n: kernels(jax.jit(mine[n]), *given[n]) for n in PRODUCTS}
         if hasattr(torch, "_grouped_mm"):
             row["torch_ms"] = of_torch(args.rows, features, columns, sizes, args.calls)
     return row

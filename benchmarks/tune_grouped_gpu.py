@@ -10,9 +10,8 @@ import argparse
 import itertools
 
 import jax
-import jax.numpy as jnp
 from gpu import kernels
-from grouped_gpu import PRODUCTS, SIZES, check, ours
+from grouped_gpu import PRODUCTS, SIZES, check, operands, ours
 from harness import save
 
 from sparsax.pallas.grouped_matmul import product
@@ -31,18 +30,12 @@ def main() -> None:
     args, rows = parser.parse_args(), []
     for groups, band, stages in itertools.product(args.groups, BANDS, STAGES):
         product.BAND, product.STAGES = band, stages
-        shapes = (
-            (args.rows, args.features),
-            (groups, args.features, args.columns),
-            (args.rows, args.columns),
-        )
-        keys = jax.random.split(jax.random.key(0), 3)
-        arrays = [jax.random.normal(*pair, jnp.bfloat16) for pair in zip(keys, shapes, strict=True)]
-        arrays.append(jnp.asarray(SIZES["skewed"](args.rows, groups), jnp.int32))
-        check("pallas", arrays)
+        sizes = SIZES["skewed"](args.rows, groups)
+        given = operands(args.rows, args.features, args.columns, sizes)
+        check("pallas", given)
         row = {"groups": groups, "band": band, "stages": stages}
         for name in PRODUCTS:
-            found = kernels(jax.jit(ours("pallas")[name]), *arrays)
+            found = kernels(jax.jit(ours("pallas")[name]), *given[name])
             row[name] = sum(ms for kernel, ms in found.items() if NAMES[name] in kernel)
         rows.append(row)
         print(row, flush=True)

@@ -148,7 +148,6 @@ def random_sizes():
 
 @pytest.mark.parametrize(("rows", "sizes"), list(random_sizes()))
 def test_tables_list_every_row_of_every_group_once(rows, sizes):
-    sizes = np.where(sizes < 0, 0, sizes)
     starts, ends = tables.bounds(jnp.asarray(sizes, jnp.int32), rows)
     group_of = np.concatenate([np.full(n, g) for g, n in enumerate(sizes)])
 
