@@ -73,6 +73,7 @@ def test_with_all_blocks_and_new_lora_the_layer_is_the_dense_one(gated, calibrat
 
 def test_back_to_dense_layers_with_lora_merged():
     layer = touched(routed(gated=True, active=G, lora_scale=0.7))
+    assert layer.lora.scale == 0.7
     layers = layer.to_dense()
     assert_near(dense_output(layers, inputs()), call(layer, inputs()), 1e-5, "y")
     changed = dense_output(layers, inputs()) - dense_output(dense(gated=True), inputs())
