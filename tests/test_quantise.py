@@ -122,11 +122,10 @@ def test_kmeans_finds_clusters_and_repeats_itself():
 def test_an_iteration_of_kmeans_lowers_the_error():
     x = tokens(1).reshape(1, B * S, 3, 8)
     error = []
-    for iterations in (1, 3, 15):
+    for iterations in (1, 15):
         c = kmeans(jax.random.key(0), x, jnp.ones(80), num_centroids=16, iterations=iterations)
         error.append(float(((x[0, :, :, None] - c[0]) ** 2).sum(-1).min(-1).mean()))
-    assert error == sorted(error, reverse=True)
-    assert error[2] < 0.97 * error[0]
+    assert error[1] < 0.97 * error[0]
 
 
 def test_empty_clusters_move_to_the_farthest_samples():
