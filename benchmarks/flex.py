@@ -1,9 +1,9 @@
 """PyTorch's FlexAttention with a block mask, tuned as far as it tunes itself: the peer to beat."""
 
-import time
 from collections.abc import Callable
 
 import numpy as np
+from gpu import queued_milliseconds
 
 
 def flex_attention(heads: int, length: int, features: int, block: int) -> Callable:
@@ -19,17 +19,8 @@ def flex_attention(heads: int, length: int, features: int, block: int) -> Callab
     shape = 1, heads, length, features
     q, k, v, do = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
 
-    def milliseconds(run, calls: int = 10, repeats: int = 5) -> float:
-        run()
-        found = []
-        for _ in range(repeats):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(calls):
-                run()
-            torch.cuda.synchronize()
-            found.append((time.perf_counter() - begin) / calls)
-        return 1e3 * float(np.median(found))
+    def milliseconds(run) -> float:
+        return queued_milliseconds(run, torch.cuda.synchronize, calls=10)
 
     def measure(mask: np.ndarray) -> tuple[float, float]:
         counts, indices = mask.sum(-1), np.argsort(~mask, -1, kind="stable")

@@ -88,6 +88,20 @@ def milliseconds(run, *args, calls: int, repeats: int = 5) -> float:
     return 1e3 * float(np.median(found))
 
 
+def queued_milliseconds(run, wait, *, calls: int, repeats: int = 5) -> float:
+    """The same for calls that queue up on the device, until `wait()` returns."""
+    run()
+    found = []
+    for _ in range(repeats):
+        wait()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        wait()
+        found.append((time.perf_counter() - begin) / calls)
+    return 1e3 * float(np.median(found))
+
+
 def kernels(function, *args, calls: int = 5) -> dict[str, float]:
     """Milliseconds of each GPU kernel of a call, by the profiler."""
     total = collections.defaultdict(float)

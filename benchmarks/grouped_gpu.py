@@ -11,12 +11,11 @@ implementation first.
 """
 
 import argparse
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu import kernels, milliseconds, repeated
+from gpu import kernels, milliseconds, queued_milliseconds, repeated
 from harness import save
 
 import sparsax
@@ -106,20 +105,8 @@ def of_torch(rows: int, features: int, columns: int, sizes, calls: int) -> dict[
         "dx": lambda: torch._grouped_mm(dy, w.transpose(1, 2), offs=ends),
         "dw": lambda: torch._grouped_mm(x.t(), dy, offs=ends),
     }
-    return {name: _torch_milliseconds(run, calls) for name, run in products.items()}
-
-
-def _torch_milliseconds(run, calls: int) -> float:
-    run()
-    found = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            run()
-        torch.cuda.synchronize()
-        found.append((time.perf_counter() - begin) / calls)
-    return 1e3 * float(np.median(found))
+    wait = torch.cuda.synchronize
+    return {name: queued_milliseconds(run, wait, calls=calls) for name, run in products.items()}
 
 
 def measure(args, features: int, columns: int, groups: int, deal: str) -> dict:

@@ -10,8 +10,8 @@ from sparsax.xla.pruned_counts import pruned_counts as pruned_counts
 from sparsax.xla.routed_ffn import routed_ffn_backward as routed_ffn_backward
 from sparsax.xla.routed_ffn import routed_ffn_forward as routed_ffn_forward
 from sparsax.xla.score_map import score_map as score_map
-from sparsax.xla.top_l import backward as top_l_backward
-from sparsax.xla.top_l import forward as top_l_forward
+from sparsax.xla.top_l import top_l_backward as top_l_backward
+from sparsax.xla.top_l import top_l_forward as top_l_forward
 from sparsax.xla.tsvd_matmul import tsvd_backward as tsvd_backward
 from sparsax.xla.tsvd_matmul import tsvd_common_backward as tsvd_common_backward
 from sparsax.xla.tsvd_matmul import tsvd_common_forward as tsvd_common_forward

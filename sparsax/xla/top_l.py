@@ -19,7 +19,7 @@ from sparsax.quantise.codes import (
 from sparsax.xla.walk import varying_zero
 
 
-def forward(q, k, v, queries, keys, tau, first, key_mask, *, num_codes, scale, causal):
+def top_l_forward(q, k, v, queries, keys, tau, first, key_mask, *, num_codes, scale, causal):
     """`(o [B, T, N, H], lse [B, T, N])`; a row that keeps nothing has o = 0 and lse = -inf."""
     kept_of = _Kept(queries, keys, key_mask, num_codes, causal)
 
@@ -41,7 +41,9 @@ def forward(q, k, v, queries, keys, tau, first, key_mask, *, num_codes, scale, c
     return join_rows(o, q.shape[1]), join_rows(lse, q.shape[1])
 
 
-def backward(q, k, v, o, lse, do, queries, keys, tau, first, key_mask, *, num_codes, scale, causal):
+def top_l_backward(
+    q, k, v, o, lse, do, queries, keys, tau, first, key_mask, *, num_codes, scale, causal
+):
     """`(dq, dk, dv)`; probabilities are computed again from `lse`, tiles are summed in order."""
     kept_of = _Kept(queries, keys, key_mask, num_codes, causal)
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), -1)
