@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparsax.attention import block_sparse_attention, score_map
 from sparsax.layouts import BlockPattern
+from sparsax.nn.projections import attention_projections
 from sparsax.nn.rotary import rotate
 from sparsax.typing import Implementation, Pruned
 
@@ -72,21 +73,8 @@ class SparseAttention(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads % num_kv_heads or (head_dim is None and in_features % num_heads):
-            raise ValueError(
-                "num_kv_heads must divide num_heads, and num_heads in_features (or give "
-                f"head_dim); got {num_kv_heads}, {num_heads} and {in_features}."
-            )
-        head_dim = in_features // num_heads if head_dim is None else head_dim
-        linear = lambda heads: nnx.LinearGeneral(
-            in_features, (heads, head_dim), use_bias=use_bias, dtype=dtype, rngs=rngs
-        )
-        self.query, self.key, self.value = (
-            linear(heads) for heads in (num_heads, num_kv_heads, num_kv_heads)
-        )
-        self.out = nnx.LinearGeneral(
-            (num_heads, head_dim), in_features, axis=(-2, -1), use_bias=use_bias, dtype=dtype,
+        self.query, self.key, self.value, self.out = attention_projections(
+            num_heads, in_features, num_kv_heads, head_dim, use_bias=use_bias, dtype=dtype,
             rngs=rngs,
         )  # fmt: skip
         self.pattern = Pattern(pattern)

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from sparsax.attention import block_sparse_attention
+from sparsax.nn.projections import attention_projections
 from sparsax.patterns import topl
 from sparsax.quantise import ProductQuantizer, Score
 from sparsax.top_l import top_l_attention
@@ -88,23 +89,11 @@ class TopLAttention(nnx.Module):
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads % num_kv_heads or (head_dim is None and in_features % num_heads):
-            raise ValueError(
-                "num_kv_heads must divide num_heads, and num_heads in_features (or give "
-                f"head_dim); got {num_kv_heads}, {num_heads} and {in_features}."
-            )
-        head_dim = in_features // num_heads if head_dim is None else head_dim
+        self.query, self.key, self.value, self.out = attention_projections(
+            num_heads, in_features, num_kv_heads, head_dim, dtype=dtype, rngs=rngs
+        )
+        num_kv_heads, head_dim = self.key.out_features
         _check(head_dim, keep, select, score, decay)
-        linear = lambda heads: nnx.LinearGeneral(
-            in_features, (heads, head_dim), dtype=dtype, rngs=rngs
-        )
-        self.query, self.key, self.value = (
-            linear(heads) for heads in (num_heads, num_kv_heads, num_kv_heads)
-        )
-        self.out = nnx.LinearGeneral(
-            (num_heads, head_dim), in_features, axis=(-2, -1), dtype=dtype, rngs=rngs
-        )
         shape = num_kv_heads, head_dim // 8, 16
         self.codebooks = Codebooks(jax.random.normal(rngs.params(), (*shape, 8)))
         self.codebook_weights = CodebookWeights(jnp.full(shape, 1 / 16))

@@ -28,15 +28,10 @@ class Config:
     dq: Tiling
     dkv: Tiling
 
-    def with_turns(self, turns: bool) -> "Config":
-        """The same tiles with or without turns."""
-        change = lambda tiling: dataclasses.replace(tiling, turns=turns)
-        return Config(change(self.forward), change(self.dq), change(self.dkv))
 
-
-# By head dim: what fits in 227 KiB of shared memory and 232 registers a thread without a spill.
-# 64 and 128 are the fastest of `benchmarks/tune_attention_gpu.py`. Turns pay in dQ, not forward,
-# whose order of products already runs a tile's softmax beside the last one's product.
+# By head dim: what fits in 227 KiB of shared memory. 64 and 128 are the fastest of
+# `benchmarks/tune_attention_gpu.py` before `TensorCores.settle` kept arithmetic beside the products
+# in flight: turns paid in dQ and not forward. The others were chosen for having next to no spills.
 TABLE = {
     32: Config(Tiling(128, 4), Tiling(128, 4), Tiling(128, 4)),
     64: Config(Tiling(128, 3), Tiling(128, 3, turns=True), Tiling(128, 3)),
