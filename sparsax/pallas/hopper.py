@@ -16,8 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
 
 COMPUTE = 2  # warpgroups that multiply
 WG_ROWS = 64  # rows of one of them
@@ -26,6 +24,12 @@ LANES = 4  # float32 values that a thread loads at once
 LOG2E = math.log2(math.e)
 MATRIX = plgpu.Layout.WGMMA
 ROW, COL = MATRIX.reduce(1), MATRIX.reduce(0)  # a value per row, per column of a matrix
+
+
+def multiprocessors() -> int:
+    """Of the default GPU; of an H100 or H200 where there is none."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else 132
 
 
 def shared(shape: tuple[int, ...], dtype) -> Any:
@@ -194,16 +198,6 @@ class TensorCores:
 
         return pl.run_scoped(run, *(ACC(shape, jnp.float32) for shape in shapes))
 
-    def settle(self, x: jax.Array, layout) -> None:
-        """Has the float32 `x` computed before any product is awaited after this.
-
-        The assembler is free to move arithmetic past a wait that it does not depend on, and does:
-        then nothing runs beside the product in flight. So here is an instruction that depends on
-        `x`, that it does not move past a wait, and that as good as no `x` has executed.
-        """
-        if not self.interpret:
-            plgpu.inline_mgpu(arg_types=(layout,))(_sleep_if_next_to_nothing)(x)
-
     def sum(
         self,
         shape: tuple[int, int],
@@ -242,25 +236,6 @@ class TensorCores:
         """Orders generic reads of a slot, which only interpret mode makes, before its refill."""
         if self.interpret:
             plgpu.commit_smem()
-
-
-def _sleep_if_next_to_nothing(_, x) -> None:
-    """Sleeps a nanosecond if every value that the thread holds is 0 or the least above it."""
-    i32 = ir.IntegerType.get_signless(32)
-    either = None
-    for register in x.registers.flat:
-        shape = ir.VectorType(register.type).shape if _is_vector(register) else None
-        for i in range(shape[0] if shape else 1):
-            at = ir.DenseI64ArrayAttr.get([i])
-            value = vector.extract(register, [], at) if shape else register
-            bits = llvm.bitcast(i32, value)
-            either = bits if either is None else llvm.or_(either, bits)
-    sleep = "{ .reg .pred p; setp.eq.s32 p, $0, 1; @p nanosleep.u32 1; }"
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [either], sleep, "r", has_side_effects=True)
-
-
-def _is_vector(value) -> bool:
-    return isinstance(value.type, ir.VectorType)
 
 
 def _dot(acc, a, b):

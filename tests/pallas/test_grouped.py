@@ -53,7 +53,7 @@ def check(c):
 @pytest.fixture
 def few_blocks(monkeypatch):
     """Two thread blocks, so that each walks over several tiles."""
-    monkeypatch.setattr(product, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(product, "multiprocessors", lambda: 2)
 
 
 @BY_NAME

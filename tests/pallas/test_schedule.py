@@ -13,6 +13,7 @@ from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse import schedule as schedules
 from sparsax.pallas.block_sparse.schedule import Schedule
 from sparsax.pallas.block_sparse.tiles import ROWS, Bounds, tile_lists
+from sparsax.pallas.hopper import multiprocessors
 
 
 @pytest.mark.parametrize(("block_q", "block_kv"), list(itertools.product((32, 64, 128), repeat=2)))
@@ -62,14 +63,14 @@ works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=60)
 @given(work=works, owners=st.integers(1, 3), copies=st.integers(1, 4), split=st.booleans())
 def test_every_tile_of_every_row_and_copy_is_done_exactly_once(work, owners, copies, split):
     work = np.resize(np.array(work, np.int32), (owners, len(work)))
-    plan = Schedule(owners, work.shape[1], copies, split)
+    plan = Schedule(owners, work.shape[1], copies, 400, split)
     table, splits = plan.table(jnp.asarray(work), jnp.asarray(work + 7))
     table = np.asarray(table)
     done = [[] for _ in range(work.size * copies)]
     items = [
         plan.read(np.int32(block), np.int32(slot), table, 1)
         for block in range(plan.thread_blocks)
-        for slot in range(plan.size + 1)
+        for slot in range(max(plan.dealt, plan.left) + 1)
     ]
     parts = {}
     for item in items:
@@ -89,9 +90,13 @@ def test_every_tile_of_every_row_and_copy_is_done_exactly_once(work, owners, cop
         assert (len(pieces) > 1) == (pieces[0][2] >= 0)
     assert all(len(rows) == 1 for (part, _), rows in parts.items() if part >= 0)
     if split:
-        listed = {int(row): (int(a), int(n)) for row, a, n in np.asarray(splits).T if n > 0}
+        listed = {
+            int(row): [plan.extra + nth, *range(nth, nth + int(more))]
+            for nth, (row, more) in enumerate(np.asarray(splits).T)
+            if more > 0
+        }
         assert listed == {
-            flat: (pieces[0][2], len(pieces))
+            flat: [part for _, _, part in pieces]
             for flat, pieces in ((i // copies, sorted(d)) for i, d in enumerate(done))
             if len(pieces) > 1
         }
@@ -100,20 +105,28 @@ def test_every_tile_of_every_row_and_copy_is_done_exactly_once(work, owners, cop
 def test_long_rows_start_first_and_no_item_outlasts_its_share():
     work = np.full((16, 128), 9, np.int32)
     work[:, [5, 90]] = 128
-    plain, split = Schedule(16, 128, 1), Schedule(16, 128, 1, split=True)
+    plain = Schedule(16, 128, 1, 128)
     read = lambda plan, block: plan.read(np.int32(block), np.int32(0), table, 0)
     table = np.asarray(plain.table(jnp.asarray(work))[0])
     assert {int(read(plain, block).row) for block in range(32)} == {5, 90}
-    few = Schedule(1, 128, 1, split=True)
+    few = Schedule(1, 128, 1, 128, split=True)
     table = np.asarray(few.table(jnp.asarray(work[:1]))[0])
-    share = -(-work[0].sum() // (schedules.WAVES * schedules.MULTIPROCESSORS))
+    share = -(-work[0].sum() // (schedules.PIECES * multiprocessors()))
     spans = [read(few, block) for block in range(few.thread_blocks)]
     assert max(int(item.last) - int(item.first) for item in spans) <= share
-    assert split.thread_blocks > 0
+
+
+def test_thread_blocks_that_stay_do_most_and_the_rest_is_done_one_by_one():
+    plan = Schedule(16, 128, 1, 128)
+    blocks = multiprocessors()
+    assert (plan.staying, plan.dealt) == (blocks, 3 * 2048 // (4 * blocks))
+    assert plan.thread_blocks == blocks + 2048 - plan.dealt * blocks
+    assert plan.left == 1
+    assert Schedule(1, 8, 1, 8).staying == 0
 
 
 def test_copies_that_keep_the_gpu_busy_leave_rows_whole():
-    plan = Schedule(1, 64, 300, split=True)
+    plan = Schedule(1, 64, 600, 4000, split=True)
     work = jnp.full((1, 64), 5).at[0, 3].set(4000)
     table, splits = plan.table(work)
     assert (plan.extra, plan.parts, splits) == (0, 0, None)

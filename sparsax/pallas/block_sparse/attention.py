@@ -8,12 +8,12 @@ from sparsax.pallas.block_sparse.config import Config, best_config
 from sparsax.pallas.block_sparse.dkv import dkv_kernel
 from sparsax.pallas.block_sparse.dq import dq_kernel
 from sparsax.pallas.block_sparse.forward import forward_kernel
-from sparsax.pallas.block_sparse.problem import Columns, Problem
-from sparsax.pallas.block_sparse.schedule import Schedule
+from sparsax.pallas.block_sparse.problem import Problem
+from sparsax.pallas.block_sparse.schedule import Schedule, units
 from sparsax.pallas.block_sparse.tiles import ROWS, tile_lists
 from sparsax.pallas.hopper import LOG2E
 
-LONG = 32  # a list that may have this many blocks may be worth a split
+LONG = 32  # lists that may take this many units of work may be worth cutting
 
 
 def forward(
@@ -24,12 +24,14 @@ def forward(
     problem = _problem(q, k, kv_num_blocks, q_ids, block_q, block_kv, scale, causal, window)
     config = config or best_config(problem)
     lists = tile_lists(kv_num_blocks, kv_indices, problem.q_bounds, block_q, block_kv)
-    schedule, table = _of_queries(problem, config.forward, lists)
+    schedule, table, splits = _of_queries(problem, lists)
     kernel = forward_kernel(
         problem, schedule, lists.bits is not None, **config.forward.keywords, interpret=interpret
     )
     q, k, v = (_copyable(x) for x in (q, k, v))
-    o, lse = kernel(*_operands(lists, table, q_ids, kv_ids), q, k, v)
+    o, lse, *parts = kernel(*_operands(lists, table, q_ids, kv_ids), q, k, v)
+    if parts:
+        o, lse = combine(schedule, splits, parts, [o, lse], interpret)
     return _vary((o[:, : problem.T], lse[..., : problem.T] / LOG2E), (q, k, v, lists, q_ids))
 
 
@@ -50,19 +52,21 @@ def backward(
     vectors = *(_copyable(x) for x in (q, k, v, do)), lse, delta
 
     lists = tile_lists(kv_num_blocks, kv_indices, problem.q_bounds, block_q, block_kv)
-    schedule, table = _of_queries(problem, config.dq, lists)
+    schedule, table, splits = _of_queries(problem, lists)
     kernel = dq_kernel(
         problem, schedule, lists.bits is not None, **config.dq.keywords, interpret=interpret
     )
-    (dq,) = kernel(*_operands(lists, table, q_ids, kv_ids), *vectors)
+    dq, *parts = kernel(*_operands(lists, table, q_ids, kv_ids), *vectors)
+    if parts:
+        (dq,) = combine(schedule, splits, parts, [dq], interpret)
 
     lists = tile_lists(q_num_blocks, q_indices, problem.kv_bounds, block_kv, block_q)
     owners = min(problem.P, problem.K)
-    columns = Columns(block_q, config.dkv.tile, problem.kv_bounds)
-    work = columns.tiles(jnp.maximum(lists.count, 0)).reshape(owners, -1, lists.count.shape[1])
-    copies = problem.B * (problem.K // owners)
-    schedule = Schedule(owners, lists.count.shape[1], copies, split=lists.cols.shape[-1] >= LONG)
+    work = units(jnp.maximum(lists.count, 0), block_q).reshape(owners, -1, lists.count.shape[1])
     queries = problem.N // max(problem.P, problem.K)  # heads of a kv head that walk one list
+    longest = queries * work.shape[1] * units(lists.cols.shape[-1], block_q)
+    copies = problem.B * (problem.K // owners)
+    schedule = Schedule(owners, work.shape[2], copies, longest, split=longest >= LONG)
     table, splits = schedule.table(queries * work.sum(1))
     operands = *_operands(lists, table, q_ids, kv_ids), *vectors
     parts = []
@@ -71,9 +75,8 @@ def backward(
             problem, schedule, lists.bits is not None, **config.dkv.keywords, features=features,
             interpret=interpret,
         )  # fmt: skip
-        *targets, sums = kernel(*operands) if schedule.extra else (*kernel(*operands), None)
-        if sums is not None:
-            targets = combine(schedule, splits, sums, targets, interpret)
+        dk, dv, *sums = kernel(*operands)
+        targets = combine(schedule, splits, sums, [dk, dv], interpret) if sums else (dk, dv)
         parts.append(targets)
     dk, dv = (
         parts[0] if len(parts) == 1 else (jnp.concatenate(x, -1) for x in zip(*parts, strict=True))
@@ -91,11 +94,14 @@ def _vary(outputs, inputs):
     return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes), to="varying"), outputs)
 
 
-def _of_queries(problem: Problem, tiling, lists):
-    columns = Columns(problem.block_kv, tiling.tile, problem.q_bounds)
-    schedule = Schedule(problem.P, lists.count.shape[1], problem.B * (problem.N // problem.P))
-    work = columns.tiles(jnp.maximum(lists.count, 0))
-    return schedule, schedule.table(work, lists.full, lists.count)[0]
+def _of_queries(problem: Problem, lists):
+    """The schedule of the forward pass and of dQ, its table and that of split rows."""
+    work = units(jnp.maximum(lists.count, 0), problem.block_kv)
+    longest, copies = units(lists.cols.shape[-1], problem.block_kv), problem.B * problem.N
+    schedule = Schedule(
+        problem.P, work.shape[1], copies // problem.P, longest, split=longest >= LONG
+    )
+    return schedule, *schedule.table(work, lists.full, lists.count)
 
 
 def _problem(q, k, counts, q_ids, block_q, block_kv, scale, causal, window) -> Problem:

@@ -1,4 +1,4 @@
-"""The sums of split rows: their parts are added in order, so that two runs give the same bits."""
+"""The results of split rows: pieces joined in order, so that two runs give the same bits."""
 
 import jax
 import jax.numpy as jnp
@@ -8,55 +8,88 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.block_sparse.schedule import Schedule
 from sparsax.pallas.block_sparse.tiles import ROWS
-from sparsax.pallas.hopper import LANES
+from sparsax.pallas.hopper import MATRIX, ROW, full, per_row, shared, zeros
 
-STRIP = 64  # rows added by one warpgroup, as many as its registers hold
+STRIP = 64  # rows joined by one warpgroup, as many as its registers hold
+LOWEST = -1e30  # finite, so that exp2(-inf - LOWEST) is 0 where -inf - -inf would be NaN
 
 
-def combine(schedule: Schedule, splits, sums, targets, interpret):
-    """`targets [B, S, K, H]` with the row tiles of split rows filled in from the sums of parts.
+def combine(schedule: Schedule, splits, parts, targets, interpret):
+    """`targets [B, S, K, H]` with the row tiles of split rows filled in from their pieces.
 
-    `splits [3, E]` and `sums [part and copy, target, 128, H]` are from `Schedule.table` and the
-    kernel that wrote the parts.
+    `splits [2, E]` is from `Schedule.table`, `parts` are from the kernel that wrote them: sums
+    `[part and copy, target, 128, H]`, which are added; or the outputs of softmax attention
+    `[part and copy, 1, 128, H]` and their log-sum-exps `[part and copy, 128]` in units of log 2,
+    which are averaged by weight: then the last target is the log-sum-exp `[B, K, S']` of the row.
     """
+    sums, lses = parts if len(parts) == 2 else (*parts, None)
     (_, _, heads, features), dtype = targets[0].shape, targets[0].dtype
-    sharing = heads // schedule.owners
+    sharing, gradients = heads // schedule.owners, sums.shape[1]
+    shape = STRIP, features
 
-    def kernel(splits, sums, *refs, smem):
+    def kernel(splits, *refs, smem, lse_smem):
+        sums, *refs = refs
+        lses, refs = (refs[0], refs[1:]) if lses_given else (None, refs)
         nth, copy = lax.axis_index("split"), lax.axis_index("copy")
-        row, first, count = (splits[i, nth] for i in range(3))
+        row, more = splits[0, nth], splits[1, nth]
         begin = lax.axis_index("strip") * STRIP
+        strip = pl.ds(begin, STRIP)
         at = pl.ds(lax.rem(row, jnp.int32(schedule.tiles)) * ROWS + begin, STRIP)
         sample = copy // sharing
         head = row // schedule.tiles * sharing + lax.rem(copy, jnp.int32(sharing))
-        layout = plgpu.Layout.WG_STRIDED((STRIP, features), LANES)
 
-        @pl.when(count > 0)
-        def _():
-            for i, target in enumerate(refs):
+        def place(n):  # the first piece, then the added ones
+            return jnp.where(n == 0, schedule.extra + nth, nth + n - 1) * schedule.copies + copy
 
-                def part(n, i=i):
-                    place = (first + n) * schedule.copies + copy
-                    source = sums.at[place, i, pl.ds(begin, STRIP)]
-                    return plgpu.load(source, layout=layout, optimized=False)
+        def piece(n, i):
+            return plgpu.load(sums.at[place(n), i, strip], layout=MATRIX, optimized=False)
 
-                add = lambda n, total, part=part: total + part(n)
-                total = lax.fori_loop(1, count, add, part(0))
-                smem[i] = total.astype(dtype)
+        def averaged():
+            def join(n, carry):
+                acc, top, total = carry
+                lse = plgpu.load(lses.at[place(n), strip], layout=ROW, optimized=False)
+                new_top = jnp.maximum(top, lse)
+                decay, weight = jnp.exp2(top - new_top), jnp.exp2(lse - new_top)
+                acc = acc * per_row(decay, shape) + piece(n, 0) * per_row(weight, shape)
+                return acc, new_top, total * decay + weight
+
+            start = zeros(shape, MATRIX), full((STRIP,), LOWEST, ROW), zeros((STRIP,), ROW)
+            acc, top, total = lax.fori_loop(0, more + 1, join, start)
+            empty = total == 0.0
+            positive = jnp.where(empty, 1.0, total)
+            lse_smem[...] = jnp.where(empty, -jnp.inf, top + jnp.log2(positive))
+            smem[0] = (acc / per_row(positive, shape)).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem.at[0], refs[0].at[sample, at, head])
+            plgpu.copy_smem_to_gmem(lse_smem, refs[1].at[sample, head, at])
+
+        def added():
+            for i in range(gradients):
+                add = lambda n, total, i=i: total + piece(n, i)
+                smem[i] = lax.fori_loop(1, more + 1, add, piece(0, i)).astype(dtype)
                 plgpu.commit_smem()
                 # A copy of a whole tile stops at the end of the array by itself.
-                plgpu.copy_smem_to_gmem(smem.at[i], target.at[sample, at, head])
+                plgpu.copy_smem_to_gmem(smem.at[i], refs[i].at[sample, at, head])
+
+        @pl.when(more > 0)
+        def _():
+            averaged() if lses_given else added()
             plgpu.wait_smem_to_gmem(0)
 
+    lses_given = lses is not None
     refs = [jax.new_ref(x) for x in targets]
     grid = {"split": schedule.extra, "copy": schedule.copies, "strip": ROWS // STRIP}
     plgpu.kernel(
         kernel,
         out_type=(),
-        scratch_types={"smem": plgpu.SMEM((len(targets), STRIP, features), dtype)},
+        scratch_types={
+            "smem": shared((gradients, STRIP, features), dtype),
+            "lse_smem": plgpu.SMEM((STRIP,), jnp.float32) if lses_given else None,
+        },
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         kernel_name="block_sparse_combine",
         interpret=interpret,
-    )(splits, sums, *refs)
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(splits, *parts, *refs)
     return tuple(jax.freeze(ref) for ref in refs)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsax.pallas.block_sparse import masks, stream
 from sparsax.pallas.block_sparse.problem import Columns, Problem
 from sparsax.pallas.block_sparse.rows import Lists
-from sparsax.pallas.block_sparse.schedule import Item, Schedule
+from sparsax.pallas.block_sparse.schedule import Item, Schedule, part_types, units
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import (
     COL,
@@ -93,10 +93,11 @@ def dkv_kernel(
                 full, count = (
                     jnp.where(there, ref[p, row], 0) for ref in (lists.full, lists.count)
                 )
-                tiles = columns.tiles(jnp.maximum(count, 0))
-                first, last = (jnp.clip(i - passed, 0, tiles) for i in (item.first, item.last))
-                walk = _HeadWalk(head, p, full, count, first, last)
-                return passed + tiles, visit(walk, carry)
+                entries = jnp.maximum(count, 0)
+                work = units(entries, x.block_q)
+                first, last = (jnp.clip(i - passed, 0, work) for i in (item.first, item.last))
+                walk = _HeadWalk(head, p, full, count, *columns.span(first, last, entries))
+                return passed + work, visit(walk, carry)
 
             return lax.fori_loop(0, group, go, (jnp.int32(0), carry))[1]
 
@@ -188,7 +189,6 @@ def dkv_kernel(
 
                         def gradients(get_s, get_dp):
                             weights = probabilities(get_s())
-                            cores.settle(weights, MATRIX)
 
                             def beside_dv(get_dv):
                                 dp = get_dp(since=1)
@@ -240,17 +240,15 @@ def dkv_kernel(
                         plgpu.commit_smem()
                         plgpu.copy_smem_to_gmem(out, target.at[b, rows, kv_head])
 
-                whole = item.row >= 0
+                def write_part():
+                    place = item.part * schedule.copies + item.copy
+                    for i, (gradient, _) in enumerate(results):
+                        parts[0].at[place, i, pl.ds(row_in_tile, WG_ROWS)][...] = gradient
+
+                there = item.row >= 0
                 if parts:
-
-                    @pl.when(item.part >= 0)
-                    def write_part():
-                        place = item.part * schedule.copies + item.copy
-                        for i, (gradient, _) in enumerate(results):
-                            parts[0].at[place, i, pl.ds(row_in_tile, WG_ROWS)][...] = gradient
-
-                    whole &= item.part < 0
-                pl.when(whole)(write)
+                    pl.when(there & (item.part >= 0))(write_part)
+                pl.when(there & (item.part < 0))(write)
                 return done + jnp.where(item.row >= 0, 1, 0), begun
 
             start = jnp.int32(0), jnp.int32(0)
@@ -259,14 +257,12 @@ def dkv_kernel(
             plgpu.wait_smem_to_gmem(0)
 
     out = jax.ShapeDtypeStruct((x.B, -(-x.S // 8) * 8, x.K, high - low), x.dtype)
-    shape = schedule.parts * schedule.copies, 2, ROWS, high - low
-    sums = (jax.ShapeDtypeStruct(shape, jnp.float32),) if schedule.parts else ()
     vector = lambda dtype: plgpu.SMEM((stages, tile), dtype)
     return launch(
         kernel,
         "block_sparse_dkv",
         schedule.thread_blocks,
-        (out, out, *sums),
+        (out, out, *part_types(schedule, (2, ROWS, high - low))),
         interpret,
         k_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),
         v_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),

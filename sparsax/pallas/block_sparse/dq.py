@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsax.pallas.block_sparse import stream
 from sparsax.pallas.block_sparse.problem import Columns, Problem
 from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles
-from sparsax.pallas.block_sparse.schedule import Schedule
+from sparsax.pallas.block_sparse.schedule import Schedule, part_types
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import (
     COMPUTE,
@@ -37,7 +37,8 @@ def dq_kernel(
     """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], q, k, v, do, lse, delta)`.
 
     lse is in units of log 2 and infinite for a query that keeps nothing; both it and delta are
-    `[B, N, T']`, T' padded to row tiles. It returns `dq [B, T, N, H]`.
+    `[B, N, T']`, T' padded to row tiles. It returns `dq [B, T, N, H]`, and float32 sums of the
+    pieces of split rows, `[part and copy, 1, 128, H]`.
     """
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
     masked, gain = columns.masked(bits), x.scale * LOG2E
@@ -45,7 +46,7 @@ def dq_kernel(
 
     def kernel(*refs, q_smem, do_smem, k_smem, v_smem, dq_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
-        lists, (q, k, v, do, lse, delta, dq) = Lists.split(refs, bits, x.ids)
+        lists, (q, k, v, do, lse, delta, dq, *parts) = Lists.split(refs, bits, x.ids)
         tiles = QueryTiles(x, columns, schedule, lists)
         q_ring, k_ring, v_ring = Ring(q_bars, 1), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")
@@ -69,9 +70,8 @@ def dq_kernel(
 
             def differentiate(work: QueryTile, carry):
                 done, begun = carry
-                count = jnp.maximum(work.count, 0)
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
-                steps = columns.tiles(count)
+                steps = work.steps
                 rows = pl.ds(jnp.maximum(work.row, 0) * ROWS + wg * WG_ROWS, WG_ROWS)
                 of_rows = lambda ref: plgpu.load(
                     ref.at[work.sample, work.head, rows], layout=ROW, optimized=False
@@ -102,7 +102,7 @@ def dq_kernel(
                     return acc, ds, k_smem.at[k_ring.slot(step)]
 
                 def first(carry):
-                    found = find(0) if masked else None
+                    found = find(work.first) if masked else None
 
                     def then(get_s, get_dp):
                         weights = probabilities(get_s(), begun, found)
@@ -113,14 +113,12 @@ def dq_kernel(
                     return carry[0], cores.start(started, then, order.give)
 
                 def advance(t, partial, carry):
-                    step, found = begun + t, find(t) if partial else None
+                    step, found = begun + t - work.first, find(t) if partial else None
                     scores, dps = products(step)
 
                     def then(get_s, get_dp, get_acc):
                         weights = probabilities(get_s(), step, found)
-                        cores.settle(weights, MATRIX)
                         ds = logit_gradients(weights, get_dp(), step)
-                        cores.settle(ds, MATRIX)
                         acc = get_acc()
                         release(k_ring, step - 1)
                         # Rounded no sooner: the registers were feeding the product just awaited.
@@ -142,18 +140,30 @@ def dq_kernel(
                 none = plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX)
                 carry = zeros((WG_ROWS, x.H), MATRIX), none
                 carry = lax.cond(steps > 0, first, lambda carry: carry, carry)
-                carry = stream.walk(work.full, steps, columns, masked, 1, advance, carry)
+                carry = stream.walk(
+                    work.full, work.last, columns, masked, work.first + 1, advance, carry
+                )
                 if roomy:
                     pl.when(work.there)(lambda: q_ring.release(done))
                 acc, _ = lax.cond(steps > 0, last, lambda carry: carry, carry)
 
-                @pl.when(work.there)
-                def _():
+                result = acc * x.scale + poison
+
+                def write():
                     out = dq_smem.at[wg] if roomy else queries
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out[...] = (acc * x.scale + poison).astype(x.dtype)
+                    out[...] = result.astype(x.dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(out, dq.at[work.sample, rows, work.head])
+
+                def write_part():
+                    parts[0].at[work.part, 0, pl.ds(wg * WG_ROWS, WG_ROWS)][...] = result
+
+                @pl.when(work.there)
+                def _():
+                    if parts:
+                        pl.when(work.part >= 0)(write_part)
+                    pl.when(work.part < 0)(write)
                     if not roomy:
                         plgpu.wait_smem_to_gmem(0)
                         q_ring.release(done)
@@ -168,7 +178,10 @@ def dq_kernel(
         kernel,
         "block_sparse_dq",
         schedule.thread_blocks,
-        (jax.ShapeDtypeStruct((x.B, -(-x.T // 8) * 8, x.N, x.H), x.dtype),),
+        (
+            jax.ShapeDtypeStruct((x.B, -(-x.T // 8) * 8, x.N, x.H), x.dtype),
+            *part_types(schedule, (1, ROWS, x.H)),
+        ),
         interpret,
         q_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),
         do_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),

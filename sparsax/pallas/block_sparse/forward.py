@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsax.pallas.block_sparse import stream
 from sparsax.pallas.block_sparse.problem import Columns, Problem
 from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles
-from sparsax.pallas.block_sparse.schedule import Schedule
+from sparsax.pallas.block_sparse.schedule import Schedule, part_types
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import (
     COMPUTE,
@@ -39,7 +39,8 @@ def forward_kernel(
 ):
     """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], q, k, v)`.
 
-    It returns `o [B, T, N, H]` and `lse [B, N, T']` in units of log 2, T' padded to row tiles.
+    It returns `o [B, T, N, H]` and `lse [B, N, T']` in units of log 2, T' padded to row tiles; and
+    of the pieces of split rows the same in float32, `[part and copy, 128, H]` and `[.., 128]`.
     """
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
     masked, scale = columns.masked(bits), x.scale * LOG2E
@@ -48,7 +49,7 @@ def forward_kernel(
 
     def kernel(*refs, q_smem, k_smem, v_smem, o_smem, lse_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
-        lists, (q, k, v, o, lse) = Lists.split(refs, bits, x.ids)
+        lists, (q, k, v, o, lse, *parts) = Lists.split(refs, bits, x.ids)
         tiles = QueryTiles(x, columns, schedule, lists)
         q_ring, k_ring, v_ring = Ring(q_bars, 1), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")
@@ -77,9 +78,8 @@ def forward_kernel(
 
             def attend(work: QueryTile, carry):
                 done, begun = carry
-                count = jnp.maximum(work.count, 0)
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
-                steps = columns.tiles(count)
+                steps = work.steps
                 find, kept = tiles.mask(work, wg)
 
                 def mask(s, step, found):
@@ -96,12 +96,12 @@ def forward_kernel(
 
                 def first(carry):
                     acc, top, total, _ = carry
-                    found = find(0) if masked else None
+                    found = find(work.first) if masked else None
 
                     def then(get):
                         s = get() if gain == scale else get() * scale
                         if masked:
-                            unmasked = columns.full_tiles(work.full) > 0
+                            unmasked = columns.full_tiles(work.full) > work.first
                             s = lax.cond(unmasked, lambda s: s, lambda s: mask(s, begun, found), s)
                         release(k_ring, begun)
                         return softmax(s, top, total)
@@ -113,7 +113,7 @@ def forward_kernel(
 
                 def advance(t, partial, carry):
                     acc, top, total, weights = carry
-                    step, found = begun + t, find(t) if partial else None
+                    step, found = begun + t - work.first, find(t) if partial else None
 
                     def then(get_scores, get_acc):
                         s = get_scores() if gain == scale else get_scores() * scale
@@ -121,7 +121,6 @@ def forward_kernel(
                             s = mask(s, step, found)
                         release(k_ring, step)
                         new_weights, new_top, new_total, decay = softmax(s, top, total)
-                        cores.settle(new_total, ROW)
                         acc = get_acc()
                         release(v_ring, step - 1)
                         # Rounded no sooner: the registers were feeding the product just awaited.
@@ -149,25 +148,38 @@ def forward_kernel(
                     plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX),
                 )  # fmt: skip
                 carry = lax.cond(steps > 0, first, lambda carry: carry, carry)
-                carry = stream.walk(work.full, steps, columns, masked, 1, advance, carry)
+                carry = stream.walk(
+                    work.full, work.last, columns, masked, work.first + 1, advance, carry
+                )
                 if roomy:
                     pl.when(work.there)(lambda: q_ring.release(done))
                 acc, top, total, _ = lax.cond(steps > 0, last, lambda carry: carry, carry)
 
-                @pl.when(work.there)
-                def _():
-                    empty = total == 0.0
-                    positive = jnp.where(empty, 1.0, total)
+                empty = total == 0.0
+                positive = jnp.where(empty, 1.0, total)
+                result = acc / per_row(positive, acc.shape) + poison
+                log_total = jnp.where(empty, -jnp.inf, top + jnp.log2(positive)) + poison
+
+                def write():
                     out = o_smem.at[wg] if roomy else queries
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out[...] = (acc / per_row(positive, acc.shape) + poison).astype(x.dtype)
-                    lse_smem.at[wg][...] = (
-                        jnp.where(empty, -jnp.inf, top + jnp.log2(positive)) + poison
-                    )
+                    out[...] = result.astype(x.dtype)
+                    lse_smem.at[wg][...] = log_total
                     plgpu.commit_smem()
                     rows = pl.ds(work.row * ROWS + wg * WG_ROWS, WG_ROWS)
                     plgpu.copy_smem_to_gmem(out, o.at[work.sample, rows, work.head])
                     plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse.at[work.sample, work.head, rows])
+
+                def write_part():
+                    rows = pl.ds(wg * WG_ROWS, WG_ROWS)
+                    parts[0].at[work.part, 0, rows][...] = result
+                    parts[1].at[work.part, rows][...] = log_total
+
+                @pl.when(work.there)
+                def _():
+                    if parts:
+                        pl.when(work.part >= 0)(write_part)
+                    pl.when(work.part < 0)(write)
                     if not roomy:
                         plgpu.wait_smem_to_gmem(0)
                         q_ring.release(done)
@@ -185,6 +197,7 @@ def forward_kernel(
         (
             jax.ShapeDtypeStruct((x.B, -(-x.T // 8) * 8, x.N, x.H), x.dtype),
             jax.ShapeDtypeStruct((x.B, x.N, -(-x.T // ROWS) * ROWS), jnp.float32),
+            *part_types(schedule, (1, ROWS, x.H), (ROWS,)),
         ),
         interpret,
         q_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
-from sparsax.pallas.block_sparse.tiles import Bounds
+from sparsax.pallas.block_sparse.tiles import ROWS, Bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,12 @@ class Columns:
     def tiles(self, entries):
         """Tiles that a list of so many entries takes."""
         return (entries + self.gather - 1) // self.gather * self.parts
+
+    def span(self, first, last, entries):
+        """Tiles of a list of so many entries that a range of units of work means."""
+        per_unit = ROWS // self.tile
+        end = self.tiles(entries)
+        return jnp.minimum(first * per_unit, end), jnp.minimum(last * per_unit, end)
 
     def full_tiles(self, entries):
         """Tiles made of entries that need no mask alone, of which a list has so many."""

@@ -48,6 +48,9 @@ class QueryTile:
     sample: Any
     head: Any
     kv_head: Any
+    first: Any  # tiles of the list from here
+    last: Any  # to here
+    part: Any  # where the sums go if this is a piece of a row; -1 if it is the whole row
     full: Any  # entries of the list that need no mask
     count: Any  # entries of the list; below 0 if the pattern is not to be used
 
@@ -55,6 +58,11 @@ class QueryTile:
     def there(self):
         """Whether there is anything to do."""
         return self.row >= 0
+
+    @property
+    def steps(self):
+        """Tiles to walk."""
+        return self.last - self.first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +80,12 @@ class QueryTiles:
         sharing = x.N // x.P
         head = item.owner * sharing + lax.rem(item.copy, jnp.int32(sharing))
         sample, kv_head = item.copy // sharing, head // (x.N // x.K)
-        return QueryTile(item.row, item.owner, sample, head, kv_head, *item.extra)
+        full, count = item.extra
+        first, last = self.columns.span(item.first, item.last, jnp.maximum(count, 0))
+        place = jnp.where(item.part >= 0, item.part * self.schedule.copies + item.copy, -1)
+        return QueryTile(
+            item.row, item.owner, sample, head, kv_head, first, last, place, full, count
+        )
 
     def each(self, visit, carry):
         """`visit(tile, carry)` for the thread block's tiles in turn."""
@@ -87,7 +100,6 @@ class QueryTiles:
         def fill_tile(work: QueryTile, carry):
             done, begun = carry
             b, r, kv_head, count = work.sample, work.row, work.kv_head, jnp.maximum(work.count, 0)
-            steps = columns.tiles(count)
 
             @pl.when(work.there)
             def _():
@@ -100,7 +112,7 @@ class QueryTiles:
                         )
 
             def fill(t, _):
-                step = begun + t
+                step = begun + t - work.first
                 slot = k_ring.slot(step)
                 begins = stream.starts(columns, cols, (work.pattern_head, r), count, t)
                 bring = lambda source, smem, ring: stream.copy(
@@ -113,8 +125,8 @@ class QueryTiles:
                 v_ring.reserve(step)
                 bring(lambda rows: v.at[b, rows, kv_head], v_smem, v_ring)
 
-            lax.fori_loop(0, steps, fill, None)
-            return done + jnp.where(work.there, 1, 0), begun + steps
+            lax.fori_loop(work.first, work.last, fill, None)
+            return done + jnp.where(work.there, 1, 0), begun + work.steps
 
         done, steps = self.each(fill_tile, (jnp.int32(0), jnp.int32(0)))
         rows_ring.drain(done)

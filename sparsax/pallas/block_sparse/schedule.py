@@ -1,21 +1,26 @@
 """Which thread block does which row tiles, and when.
 
-The GPU hands thread blocks out in order, each as soon as a multiprocessor is free. So long rows
-must start early, and be split where one of them would outlast everything else; a thread block that
-does several tiles hides the loads of the next behind the current one; and tiles of one head should
-run together, since they share its columns in the L2 cache.
+The GPU hands thread blocks out in order, each as soon as a multiprocessor is free. A thread block
+that does several tiles hides the loads of the next behind the current one, but many of them of
+equal length leave multiprocessors idle at the end: so one for each multiprocessor does three
+quarters of the tiles, and thread blocks of one tile each, handed out to whoever is done, even out
+the rest. Long rows start first, and are cut where one of them would outlast everything else; tiles
+of one head run together, since they share its columns in the L2 cache.
 """
 
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.hopper import multiprocessors
+
 LONG = 2  # a row tile with this many times the mean work starts before all others
-WAVES = 2  # thread blocks for each multiprocessor that leave room for balance
-MULTIPROCESSORS = 132  # of an H100 or H200; merely sets how much is dealt to a thread block
+PIECES = 4  # a row is cut into pieces of this fraction of what one multiprocessor does
 
 
 class Item(NamedTuple):
@@ -24,24 +29,34 @@ class Item(NamedTuple):
     row: Any  # -1: nothing to do
     owner: Any  # pattern head, or kv head where several pattern heads share one
     copy: Any
-    first: Any  # tiles of the row's list from here
+    first: Any  # the row's work from here
     last: Any  # to here
-    part: Any  # where a split row's sum goes; -1: this item is the whole row
+    part: Any  # where the sum of a piece goes; -1: this item is the whole row
     extra: tuple[Any, ...]  # what else was given for the row
+
+
+def units(entries, block: int):
+    """Work of a list of so many blocks: its columns in units of `ROWS`, whatever the tiles are.
+
+    The tables of kernels with different tiles are then the same arrays, computed once.
+    """
+    per_unit = ROWS // block
+    return (entries + per_unit - 1) // per_unit
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """How row tiles are dealt to thread blocks.
 
-    Each of `owners` heads has `tiles` row tiles, done for each of `copies` (samples, and heads
-    that share the pattern). With `split`, a row of more than its fair share of the work is cut
-    into parts, whose sums are added later, in order.
+    Each of `owners` heads has `tiles` row tiles, of `longest` units of work at most, done for each
+    of `copies` (samples, and heads that share the pattern). With `split`, a row of more than its
+    fair share of the work is cut into pieces, whose sums are added later, in order.
     """
 
     owners: int
     tiles: int
     copies: int
+    longest: int
     split: bool = False
 
     @property
@@ -51,88 +66,100 @@ class Schedule:
 
     @property
     def extra(self) -> int:
-        """Items that splitting may add: every part but a row's last holds a share of the work.
+        """Pieces that cutting may add: every piece of a row but its last is a whole share.
 
-        0 where the copies alone keep the GPU busy: then nothing is split.
+        0 where the copies alone keep the GPU busy: then nothing is cut.
         """
-        return WAVES * MULTIPROCESSORS // self.copies if self.split else 0
+        return PIECES * multiprocessors() // self.copies if self.split else 0
 
     @property
     def items(self) -> int:
-        """Everything there is to do, for every copy."""
+        """Everything there may be to do, for every copy."""
         return (self.rows + self.extra) * self.copies
 
     @property
     def parts(self) -> int:
-        """Parts of split rows; there are at most `extra` such rows."""
+        """Places for the sums of pieces: the later ones of all rows, then the first ones."""
         return 2 * self.extra
 
     @property
-    def size(self) -> int:
-        """Items of a thread block: few enough that the last ones to start can even things out."""
-        return min(4, max(1, self.items // (4 * MULTIPROCESSORS)))
+    def dealt(self) -> int:
+        """Items of each thread block that stays; there is one for each multiprocessor."""
+        return 3 * self.rows * self.copies // (4 * multiprocessors())
+
+    @property
+    def staying(self) -> int:
+        """Thread blocks that stay."""
+        return multiprocessors() if self.dealt else 0
+
+    @property
+    def passing(self) -> int:
+        """Thread blocks of one item, or of few where rows were cut."""
+        return self.rows * self.copies - self.dealt * self.staying
+
+    @property
+    def left(self) -> int:
+        """Items of a passing thread block at most."""
+        return -(-(self.items - self.dealt * self.staying) // self.passing)
 
     @property
     def thread_blocks(self) -> int:
         """Thread blocks of the launch."""
-        return -(-self.items // self.size)
+        return self.staying + self.passing
 
     def table(
         self, work: Int[Array, "A R"], *extra: Int[Array, "A R"]
-    ) -> tuple[Int[Array, " F"], Int[Array, "3 E"] | None]:
-        """What `read` reads, and for each split row its number, first part and parts.
+    ) -> tuple[Int[Array, " F"], Int[Array, "2 E"] | None]:
+        """What `read` reads; and for each added piece, if it is a row's second, row and additions.
 
-        `work` is the tiles of each row's list, `extra` what else its kernel wants to know of it.
-        Rows past the split ones have no parts.
+        `work` is the units of each row's list, `extra` what else its kernel wants to know of it.
         """
         work, others = work.reshape(-1), [x.reshape(-1) for x in extra]
-        if not self.extra:
-            row, first, last, part, splits = (
-                jnp.arange(self.rows),
-                0 * work,
-                work,
-                0 * work - 1,
-                None,
-            )
-        else:
-            row, first, last, part, splits = self._cut(work)
-            others = [x[jnp.minimum(row, self.rows - 1)] for x in others]
+        total, here = work.sum(), jnp.arange(self.rows)
+        row, first, last, part, splits = here, 0 * work, work, 0 * work - 1, None
+        if self.extra:
+            row, first, last, part, splits = self._cut(work, total)
+            own = jnp.minimum(row, self.rows - 1)
+            others = [x[own] for x in others]
         weight = jnp.where(row < self.rows, last - first, -1)
-        long = weight > LONG * weight.mean()
+        long = weight * self.rows > LONG * total
         # Long ones first, whatever their head; then head after head, long before short.
         owner = jnp.minimum(row // self.tiles, self.owners - 1)
-        most = weight.max() + 2
-        key = jnp.where(long, self.owners, self.owners - 1 - owner) * most + weight
-        key = jnp.where(weight < 0, -1, key)
+        key = jnp.where(long, self.owners, self.owners - 1 - owner) * (self.longest + 1) + weight
+        order = _descending(jnp.where(weight < 0, -1, key))
         fields = jnp.where(row < self.rows, row, -1), first, last, part, *others
-        columns = [long.sum()[None], *_sorted_by(key, fields)]
+        columns = [long.sum()[None], *(x[order] for x in fields)]
         return jnp.concatenate([c.astype(jnp.int32) for c in columns]), splits
 
-    def _cut(self, work):
-        share = -(-work.sum() // self.extra)  # so that no more than `extra` parts are added
-        parts = jnp.maximum(1, -(-work // jnp.maximum(share, 1)))
-        ends = jnp.cumsum(parts)
-        here = jnp.arange(self.rows + self.extra)
-        row = (ends <= here[:, None]).sum(-1)  # `rows` where there is no item
+    def _cut(self, work, total):
+        """Fields of all items, the added pieces last, and the table of splits."""
+        share = jnp.maximum(1, -(-total // self.extra))  # no more than `extra` pieces are added
+        more = jnp.maximum(work - 1, 0) // share
+        ends = jnp.cumsum(more)
+        nth = jnp.arange(self.extra)
+        row = (ends <= nth[:, None]).sum(-1)  # `rows` where there is no piece
         own = jnp.minimum(row, self.rows - 1)
-        number, length = here - (ends - parts)[own], -(-work // parts)[own]
-        first = jnp.minimum(number * length, work[own])
-        last = jnp.minimum(first + length, work[own])
-        is_split = parts > 1
-        part_ends = jnp.cumsum(jnp.where(is_split, parts, 0))
-        part = jnp.where(is_split[own], (part_ends - parts)[own] + number, -1)
-        nth = jnp.cumsum(is_split)
-        which = (nth <= jnp.arange(self.extra)[:, None]).sum(-1)
-        there, which = which < self.rows, jnp.minimum(which, self.rows - 1)
-        splits = which, (part_ends - parts)[which], jnp.where(there, parts[which], 0)
-        return row, first, last, part, jnp.stack(splits).astype(jnp.int32)
+        number = nth - (ends - more)[own] + 1
+        length = -(-work // (more + 1))
+        first = jnp.minimum(number * length[own], work[own])
+        last = jnp.minimum(first + length[own], work[own])
+        part = jnp.where(more > 0, self.extra + ends - more, -1)
+        second = (row < self.rows) & (number == 1)
+        splits = jnp.stack([own, jnp.where(second, more[own], 0)]).astype(jnp.int32)
+        with_whole = lambda whole, pieces: jnp.concatenate([whole, pieces])
+        return (
+            with_whole(jnp.arange(self.rows), row), with_whole(0 * work, first),
+            with_whole(jnp.minimum(length, work), last), with_whole(part, nth), splits,
+        )  # fmt: skip
 
     def read(self, block, slot, table, extra: int) -> Item:
         """Item number `slot` of a thread block, from a reference to the table."""
-        count, blocks = self.rows + self.extra, self.thread_blocks
+        count, dealt = self.rows + self.extra, self.dealt * self.staying
         # Folded, so that a thread block gets long and short ones.
-        place = jnp.where(slot % 2 == 1, blocks - 1 - block, block) + slot * blocks
-        there = (slot < self.size) & (place < self.items)
+        fold = jnp.where(slot % 2 == 1, self.staying - 1 - block, block) + slot * self.staying
+        stays = block < self.staying
+        place = jnp.where(stays, fold, dealt + block - self.staying + slot * self.passing)
+        there = (slot < self._slots(stays)) & (place < self.items)
         place = jnp.where(there, place, 0)
         long = table[0]
         rest = jnp.maximum(count - long, 1)
@@ -148,6 +175,9 @@ class Schedule:
             first, jnp.where(there, last, first), part, tuple(jnp.where(there, x, 0) for x in more),
         )  # fmt: skip
 
+    def _slots(self, stays):
+        return jnp.where(stays, jnp.int32(self.dealt), jnp.int32(self.left))
+
     def each(self, block, table, visit, carry, extra: int = 0):
         """`visit(item, carry)` for the items of a thread block, each read one ahead."""
 
@@ -156,19 +186,24 @@ class Schedule:
             return self.read(block, slot + 1, table, extra), visit(item, carry)
 
         start = self.read(block, jnp.int32(0), table, extra), carry
-        return lax.fori_loop(0, self.size, go, start)[1]
+        return lax.fori_loop(0, self._slots(block < self.staying), go, start)[1]
 
 
-def _sorted_by(key: Int[Array, " M"], fields) -> list[Int[Array, " M"]]:
-    """Fields in descending order of the key, ties in place.
+def part_types(schedule: Schedule, *shapes: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Float32 outputs of a kernel for the pieces of split rows, of such a shape each; if any."""
+    places = schedule.parts * schedule.copies
+    return tuple(jax.ShapeDtypeStruct((places, *s), jnp.float32) for s in shapes if places)
 
-    Up to 4096 of them by counting who comes before, which is two small kernels and no sort.
+
+def _descending(key: Int[Array, " M"]) -> Int[Array, " M"]:
+    """Where each rank is, from the largest key down, ties in place.
+
+    Up to 8192 of them by counting who comes before, which is two small kernels and no sort.
     """
     count = key.shape[0]
-    if count > 4096:
-        order = jnp.argsort(-key, stable=True)
-        return [x[order] for x in fields]
+    if count > 8192:
+        return jnp.argsort(-key, stable=True)
     here = jnp.arange(count, dtype=jnp.int32)
     before = (key > key[:, None]) | ((key == key[:, None]) & (here < here[:, None]))
     rank = before.sum(-1, dtype=jnp.int32)
-    return [jnp.where(rank == here[:, None], x, 0).sum(-1) for x in fields]
+    return jnp.zeros_like(here).at[rank].set(here, unique_indices=True, mode="promise_in_bounds")

@@ -14,9 +14,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsax.pallas.block_sparse.schedule import MULTIPROCESSORS
 from sparsax.pallas.grouped_matmul.tables import DEPTH
-from sparsax.pallas.hopper import COMPUTE, WG_ROWS, Ring, TensorCores, launch, tiled
+from sparsax.pallas.hopper import (
+    COMPUTE,
+    WG_ROWS,
+    Ring,
+    TensorCores,
+    launch,
+    multiprocessors,
+    tiled,
+)
 
 STAGES = 4  # 48 KiB each for 256 columns
 CHUNK = 64  # columns that leave for global memory at once: a line of shared memory
@@ -59,7 +66,7 @@ def raster(n, rows, columns: int) -> tuple[Any, Any]:
 
 def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_type, interpret):
     """The kernel `make(*refs)` describes, as a function of its operands; `most` tiles at most."""
-    thread_blocks = min(most, MULTIPROCESSORS)
+    thread_blocks = min(most, multiprocessors())
     cores = TensorCores(interpret is not None)
 
     def kernel(*refs, a_smem, b_smem, y_smem, bars):
