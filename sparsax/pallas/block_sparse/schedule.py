@@ -21,6 +21,8 @@ from sparsax.pallas.hopper import multiprocessors
 
 LONG = 2  # a row tile with this many times the mean work starts before all others
 PIECES = 4  # a row is cut into pieces of this fraction of what one multiprocessor does
+LEAST = 8  # but of no less than this work: each costs about as much as two units more
+FEW = 8192  # so many numbers are ranked and summed by looking at every pair of them
 
 
 class Item(NamedTuple):
@@ -133,9 +135,9 @@ class Schedule:
 
     def _cut(self, work, total):
         """Fields of all items, the added pieces last, and the table of splits."""
-        share = jnp.maximum(1, -(-total // self.extra))  # no more than `extra` pieces are added
+        share = jnp.maximum(LEAST, -(-total // self.extra))  # so at most `extra` are added
         more = jnp.maximum(work - 1, 0) // share
-        ends = jnp.cumsum(more)
+        ends = _running_sum(more)
         nth = jnp.arange(self.extra)
         row = (ends <= nth[:, None]).sum(-1)  # `rows` where there is no piece
         own = jnp.minimum(row, self.rows - 1)
@@ -198,12 +200,20 @@ def part_types(schedule: Schedule, *shapes: tuple[int, ...]) -> tuple[jax.ShapeD
 def _descending(key: Int[Array, " M"]) -> Int[Array, " M"]:
     """Where each rank is, from the largest key down, ties in place.
 
-    Up to 8192 of them by counting who comes before, which is two small kernels and no sort.
+    A few of them by counting who comes before, which is two small kernels and no sort.
     """
     count = key.shape[0]
-    if count > 8192:
+    if count > FEW:
         return jnp.argsort(-key, stable=True)
     here = jnp.arange(count, dtype=jnp.int32)
     before = (key > key[:, None]) | ((key == key[:, None]) & (here < here[:, None]))
     rank = before.sum(-1, dtype=jnp.int32)
-    return jnp.zeros_like(here).at[rank].set(here, unique_indices=True, mode="promise_in_bounds")
+    return jnp.where(rank == here[:, None], here, 0).sum(-1)
+
+
+def _running_sum(x: Int[Array, " M"]) -> Int[Array, " M"]:
+    """The sum up to each number; of a few of them in one kernel, where a scan takes several."""
+    if x.shape[0] > FEW:
+        return jnp.cumsum(x)
+    here = jnp.arange(x.shape[0])
+    return jnp.where(here <= here[:, None], x, 0).sum(-1)
