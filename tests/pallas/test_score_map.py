@@ -20,8 +20,10 @@ from tests.helpers import assert_near
 from tests.pallas.cases import KERNEL_CASES, LARGE
 from tests.pallas.test_machine_code import SERIALISED
 
-# Probabilities never leave float32: logits are exact products summed in float32, about 1e-6.
-TOLERANCE = 1e-5
+# Probabilities never leave float32, and their relative error is the absolute one of their logits,
+# which are exact products summed in float32. On a GPU sums are cut, not rounded, and exponentials
+# are good to 2^-22: a few last bits of logits up to 64, 8e-6 each.
+TOLERANCE, GPU_TOLERANCE = 1e-5, 5e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class Case:
 name = lambda c: c.name
 # Interpreting a tile takes a second or two; these few meet every feature between them.
 INTERPRETED = (
+    Case(name="tiny", B=1, T=40, S=24, N=1, K=1, H=32),
     Case(name="ragged_gqa", T=203, S=150, N=4),
     Case(name="ragged_causal_pooled", T=203, S=203, pool=32, masks=("causal",), dtype="float16"),
     Case(name="ids", H=32, B=3, T=100, S=100, masks=("padding", "segments")),
@@ -138,7 +141,7 @@ def of_attention(c):
 def test_kernels_match_the_reference_and_repeat_their_bits(c, pool):
     c = dataclasses.replace(c, pool=c.pool or pool)
     got, want = both(c)
-    assert_near(got, want, TOLERANCE, "map")
+    assert_near(got, want, GPU_TOLERANCE, "map")
     np.testing.assert_array_equal(got, both(c)[0])
 
 
