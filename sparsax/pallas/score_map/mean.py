@@ -1,5 +1,7 @@
 """The second pass: tiles of the mean map, each summed over samples and heads in registers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -100,7 +102,7 @@ def mean_kernel(x: Problem, chunk: int | None, interpret):
                     sample, head = where(nth, step)
                     read = lambda ref: plgpu.load(ref, layout=ROW, optimized=False)
                     below = read(lse.at[sample, head, rows])
-                    own = read(q_ids.at[sample, rows]) if x.ids else None
+                    own: Any = read(q_ids.at[sample, rows]) if x.ids else None
 
                     def finish(get):
                         s = get() * gain - per_row(below, nothing.shape)

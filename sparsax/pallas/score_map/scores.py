@@ -21,7 +21,7 @@ def stages(slot: int, rest: int) -> int:
     return min(4, (SHARED_BYTES - rest) // slot)
 
 
-def split_ids(refs, ids: bool):
+def split_ids(refs, ids: bool) -> tuple[tuple[Any, Any], Any]:
     """`((q_ids, kv_ids) or two None, the operands that follow)`."""
     return (refs[:2], refs[2:]) if ids else ((None, None), refs)
 
