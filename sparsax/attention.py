@@ -144,12 +144,13 @@ def score_map(
     segment_ids: SegmentIds | None = None,
     key_mask: Bool[Array, "B S"] | None = None,
     per_head: bool = False,
+    pool: int | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "P T S"]:
+) -> Float[Array, "P T S"] | Float[Array, "P I J"]:
     """The softmax probabilities of dense attention, averaged over the batch and the heads.
 
-    What SPION's pattern search reads. The maps of all heads are never held at once: rows are
-    computed in chunks and summed as they come. No gradient flows through the map.
+    What SPION's pattern search reads. The maps of all heads are never held at once: probabilities
+    are added up as they are computed. No gradient flows through the map.
 
     Args:
         q: queries `[B, T, N, H]`.
@@ -160,25 +161,45 @@ def score_map(
         key_mask: False for keys that are padding. In self-attention (T = S) the rows of padded
             queries count as zeros in the average.
         per_head: one map for each of the N heads rather than their mean.
-        implementation: as for `block_sparse_attention`.
+        pool: tokens in a block, to get the mean of every block alone (of its real entries, where
+            the last ones are ragged): what SPION's variant F searches,
+            `patterns.spion.search(..., variant="F", block=pool, length=T)`. Nothing of size T x S
+            is held then.
+        implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs;
+            bfloat16 or float16, head features 32, 64, 96, 128 or 256, `pool` a multiple of 8), or
+            None: "pallas" where it runs, else "xla". A name runs or raises.
 
     Returns:
-        The map, float32 `[1, T, S]`, or `[N, T, S]` per head.
+        The map, float32 `[1, T, S]`, or `[N, T, S]` per head; with `pool` its blocks' means,
+        `[P, ceil(T / pool), ceil(S / pool)]`.
 
     Raises:
-        ValueError: shapes, dtypes or a name are wrong.
+        ValueError: shapes, dtypes, a block size or a name are wrong.
+        NotImplementedError: the named implementation cannot do this.
+
+    Example:
+        >>> import jax
+        >>> import sparsax
+        >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 256, 4, 32))
+        >>> sparsax.score_map(q, k).shape, sparsax.score_map(q, k, pool=32).shape
+        ((1, 256, 256), (1, 8, 8))
     """
     checks.attention_inputs(q, k, k)
-    chosen = checks.implementation(implementation, "xla")
+    checks.pool(pool)
+    refused = pallas.score_map_refusal(q, pool)
+    chosen = checks.implementation(implementation, "xla" if refused else "pallas")
     if chosen == "pallas":
-        checks.kernel_runs("has no kernel of the score map")
+        checks.kernel_runs(refused)
     q_ids, kv_ids = _segments(q, k, segment_ids, key_mask)
     if key_mask is not None and q_ids is not None and q.shape[1] == k.shape[1]:
         q_ids = jnp.where(key_mask, q_ids, -2)  # matches nothing: the row of a padded query is 0
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    run = {"reference": reference.score_map, "xla": xla.score_map}[chosen]
+    module = {"reference": reference, "xla": xla, "pallas": pallas}[chosen]
+    options = {"interpret": pallas.interpret()} if chosen == "pallas" else {}
     q, k = jax.lax.stop_gradient((q, k))
-    return run(q, k, q_ids, kv_ids, scale=scale, causal=causal, per_head=per_head)
+    return module.score_map(
+        q, k, q_ids, kv_ids, scale=scale, causal=causal, per_head=per_head, pool=pool, **options
+    )
 
 
 def default_implementation(q: Query, pattern: BlockPattern) -> Implementation:

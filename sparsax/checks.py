@@ -65,6 +65,12 @@ def attention_inputs(q, k, v) -> None:
         )
 
 
+def pool(size: int | None) -> None:
+    """Refuses a block size to pool over that is none."""
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"pool must be None or a block size of at least 1 token; got {size!r}.")
+
+
 def pattern_fits(pattern: BlockPattern, q, k) -> None:
     """Refuses a pattern that was made for other lengths or heads, or that is not usable."""
     if not isinstance(pattern, BlockPattern):

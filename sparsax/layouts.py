@@ -287,6 +287,11 @@ def check_blocks(q_len: int, kv_len: int, block_q: int, block_kv: int) -> tuple[
     return -(-q_len // block_q), -(-kv_len // block_kv)
 
 
+def block_sizes(length: int, block: int) -> np.ndarray:
+    """Tokens of every block, float32; a ragged last one has fewer."""
+    return np.minimum(block, length - np.arange(0, length, block)).astype(np.float32)
+
+
 def _lists(mask: ArrayLike, width: int) -> tuple[ArrayLike, ArrayLike]:
     """Counts and ascending indices of the True entries of every row."""
     xp = np if isinstance(mask, np.ndarray) else jnp

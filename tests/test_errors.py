@@ -129,11 +129,20 @@ def test_score_map_refuses(name):
         score_map(**arguments)
 
 
+@pytest.mark.parametrize("pool", [0, -8, 2.0, True])
+def test_score_map_refuses_to_pool_over_no_block(pool):
+    with pytest.raises(ValueError, match=f"pool must be None or a block size.*got {pool!r}"):
+        score_map(array(2, 64, 4, 8), array(2, 64, 2, 8), pool=pool)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (attend, r"'pallas' takes q, k, v in one of .*got float32"),
-        (lambda **o: score_map(*[array(1, 64, 2, 8)] * 2, **o), "'pallas' has no kernel"),
+        (
+            lambda **o: score_map(*[array(1, 64, 2, 8)] * 2, **o),
+            r"'pallas' takes q, k, v in one of .*got float32",
+        ),
     ],
 )
 def test_pallas_names_what_can_run_instead(call, message):
@@ -271,6 +280,18 @@ SEARCH = {
     "density_above": (lambda: spion.search(NOISE, density=1.1), "density within"),
     "filter_even": (lambda: spion.search(NOISE, filter_length=30), "filter_length must be odd"),
     "filter_negative": (lambda: spion.search(NOISE, filter_length=-1), "filter_length must be odd"),
+    "pooled_convolved": (
+        lambda: spion.search(NOISE, block=16, length=1024),
+        "pooled already: then variant must be 'F'.*got variant='CF'",
+    ),
+    "pooled_of_another_length": (
+        lambda: spion.search(NOISE, block=16, variant="F", length=1000),
+        r"maps \[..., 63, 63\], one value for each block of 16 tokens; got .*\(64, 64\)",
+    ),
+    "pooled_shorter_than_block": (
+        lambda: spion.search(NOISE[:1, :1], block=16, variant="F", length=8),
+        "at least one block",
+    ),
     "nan": (lambda: spion.search(np.where(NOISE > 0.9, np.nan, NOISE)), "must be finite; got NaN"),
     "infinity": (lambda: spion.search(jnp.asarray(NOISE / (NOISE < 0.9))), "must be finite"),
     "constant": (lambda: spion.search(np.ones((64, 64), np.float32)), "one value throughout"),

@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from sparsax import score_map
+from sparsax.patterns import spion
 from tests.helpers import assert_near
 
 
@@ -32,6 +33,39 @@ def test_xla_matches_the_reference(per_head, causal, masks):
     got = score_map(q, k, **options, implementation="xla")
     assert got.shape == (4 if per_head else 1, 70, 70)
     assert_near(got, score_map(q, k, **options, implementation="reference"), 1e-6, "map")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(("T", "S", "pool"), [(70, 70, 16), (600, 75, 40), (70, 33, 300)])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_pooled_is_the_pooled_map(implementation, T, S, pool, per_head):
+    q, k = draw(T=T, S=S)
+    options = {"per_head": per_head, "causal": True, "implementation": implementation}
+    grids = np.asarray(score_map(q, k, **options))
+    rows, cols = range(0, T, pool), range(0, S, pool)
+    want = [
+        [[grid[i : i + pool, j : j + pool].mean() for j in cols] for i in rows] for grid in grids
+    ]
+    assert_near(score_map(q, k, **options, pool=pool), np.asarray(want), 1e-6, "pooled map")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_pooled_map_of_padded_samples(implementation):
+    q, k = draw()
+    options = {"key_mask": lengths(3, 70), "implementation": implementation}
+    want = spion.average_pool(score_map(q, k, **options)[0], 32)
+    assert_near(score_map(q, k, **options, pool=32)[0], want, 1e-6, "pooled map")
+
+
+@pytest.mark.parametrize("T", [128, 100])
+def test_a_search_in_the_pooled_map_finds_the_same(T):
+    q, k = draw(T=T, S=T)
+    settings = {"block": 16, "variant": "F", "quantile": 0.7}
+    want = spion.search(score_map(q, k), **settings)
+    got = spion.search(score_map(q, k, pool=16), **settings, length=T)
+    assert (got.q_len, got.kv_len, got.block_q) == (T, T, 16)
+    assert want.density() > 0.2  # more than the forced diagonal was found
+    np.testing.assert_array_equal(got.to_block_mask(), want.to_block_mask())
 
 
 @pytest.mark.parametrize("T", [100, 256, 300, 513])
@@ -98,3 +132,11 @@ def test_the_maps_of_all_heads_are_never_held():
     run = jax.jit(lambda q, k: score_map(q, k, implementation="xla"))
     one_sample = 8 * 2048 * 2048 * 4
     assert run.lower(q, q).compile().memory_analysis().temp_size_in_bytes < one_sample / 2
+
+
+def test_a_pooled_map_holds_the_rows_of_one_chunk():
+    q = jax.ShapeDtypeStruct((2, 4096, 2, 16), jnp.float32)
+    run = jax.jit(lambda q, k: score_map(q, k, pool=64, implementation="xla"))
+    memory = run.lower(q, q).compile().memory_analysis()
+    one_map = 4096 * 4096 * 4
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < one_map / 2

@@ -1,7 +1,8 @@
 """Self-attention that is dense until it is given a pattern."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,14 @@ class Pattern(nnx.Variable):
 
 class ScoreMap(nnx.Intermediate):
     """Holds the score map that a probed layer recorded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    """Which score map a layer is to record."""
+
+    per_head: bool
+    pool: int | None
 
 
 class SparseAttention(nnx.Module):
@@ -82,7 +91,7 @@ class SparseAttention(nnx.Module):
         self.pruned: Pruned = pruned
         self.rotary = rotary
         self.implementation: Implementation | None = implementation
-        self.probing: Literal["mean", "heads"] | None = None
+        self.probing: _Probe | None = None
 
     def __call__(
         self, x: Float[Array, "B T D"], *, key_mask: Bool[Array, "B T"] | None = None
@@ -92,8 +101,10 @@ class SparseAttention(nnx.Module):
         if self.rotary is not None:
             q, k = rotate(q, self.rotary), rotate(k, self.rotary)
         if self.probing is not None:
-            per_head = self.probing == "heads"
-            found = score_map(q, k, causal=self.causal, key_mask=key_mask, per_head=per_head)
+            found = score_map(
+                q, k, causal=self.causal, key_mask=key_mask, per_head=self.probing.per_head,
+                pool=self.probing.pool, implementation=self.implementation,
+            )  # fmt: skip
             self.score_map = ScoreMap(found)  # `score_maps` takes it away again
         pattern = self.pattern.get_value()
         if pattern is None:
@@ -108,7 +119,11 @@ class SparseAttention(nnx.Module):
 
 
 def score_maps(
-    model: nnx.Module, *args: Any, per_head: bool = False, **kwargs: Any
+    model: nnx.Module,
+    *args: Any,
+    per_head: bool = False,
+    pool: int | None = None,
+    **kwargs: Any,
 ) -> Float[Array, "L P T T"]:
     """The score map of every `SparseAttention` in a model, from one call `model(*args, **kwargs)`.
 
@@ -118,18 +133,19 @@ def score_maps(
         model: the model.
         *args: what it is called with.
         per_head: one map for every head, for patterns per head, rather than their mean.
+        pool: tokens in a block, to get the means of the blocks alone, see `sparsax.score_map`.
         **kwargs: what it is called with.
 
     Returns:
         Maps `[L, 1, T, T]`, or `[L, N, T, T]` per head, in the order of `get_patterns`, ready for
-        `patterns.spion.search`.
+        `patterns.spion.search`; with `pool`, `[L, P, n, n]` for its variant F.
 
     Raises:
         ValueError: the model has no `SparseAttention`.
     """
     layers = _layers(model)
     for layer in layers:
-        layer.probing = "heads" if per_head else "mean"
+        layer.probing = _Probe(per_head, pool)
     try:
         model(*args, **kwargs)
         return jnp.stack([layer.score_map.get_value() for layer in layers])

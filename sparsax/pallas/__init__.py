@@ -5,6 +5,8 @@ from sparsax.pallas.block_sparse.attention import forward as forward
 from sparsax.pallas.grouped_matmul import gmm as gmm
 from sparsax.pallas.grouped_matmul import grouped_refusal as grouped_refusal
 from sparsax.pallas.grouped_matmul import tgmm as tgmm
+from sparsax.pallas.score_map import score_map as score_map
+from sparsax.pallas.score_map import score_map_refusal as score_map_refusal
 from sparsax.pallas.support import interpret as interpret
 from sparsax.pallas.support import interpreted as interpreted
 from sparsax.pallas.support import lowering as lowering

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from sparsax.layouts import BlockPattern, check_blocks
+from sparsax.layouts import BlockPattern, block_sizes, check_blocks
 from sparsax.typing import ArrayLike, known
 
 Variant = Literal["CF", "F", "C"]
@@ -30,6 +30,7 @@ def search(
     quantile: float = 0.98,
     density: float = 0.04,
     filter_length: int = 31,
+    length: int | None = None,
 ) -> BlockPattern:
     """The pattern that SPION finds in score maps, one for every map.
 
@@ -43,6 +44,8 @@ def search(
         quantile: CF and F: the fill marks pooled values strictly above this quantile of them all.
         density: C: `int(n * n * density - n)` blocks besides the diagonal, n = T / block.
         filter_length: entries of the diagonal filter, odd.
+        length: T, when the maps are pooled already, `[..., n, n]` from
+            `sparsax.score_map(pool=block)`. Variant F alone: the others convolve before they pool.
 
     Returns:
         The pattern, with every block of the diagonal forced and full capacity (no list can
@@ -60,29 +63,31 @@ def search(
         >>> pattern = sparsax.patterns.spion.search(sparsax.score_map(q, k), block=32)
         >>> pattern.kv_num_blocks.shape
         (1, 8)
+        >>> pooled = sparsax.score_map(q, k, pool=32)
+        >>> pattern = sparsax.patterns.spion.search(pooled, block=32, variant="F", length=256)
     """
-    _check(maps, block, variant, quantile, density, filter_length)
-    settings = (block, variant, quantile, density, filter_length)
+    _check(maps, block, variant, quantile, density, filter_length, length)
+    settings = (block, variant, quantile, density, filter_length, length)
     return _search(jnp.asarray(maps, jnp.float32), *settings)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _search(maps, block, variant, quantile, density, filter_length) -> BlockPattern:
-    leading, length = maps.shape[:-2], maps.shape[-1]
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+def _search(maps, block, variant, quantile, density, filter_length, length) -> BlockPattern:
+    leading, size = maps.shape[:-2], maps.shape[-1]
 
     def block_mask(score_map):
         if "C" in variant:
             score_map = diagonal_convolution(score_map, filter_length)
-        pooled = average_pool(score_map, block)
+        pooled = average_pool(score_map, block) if length is None else score_map
         if variant == "C":
             mask = largest_blocks(pooled, density)
         else:
             mask = flood_fill(pooled, jnp.quantile(pooled, quantile))
         return mask | jnp.eye(mask.shape[-1], dtype=bool)
 
-    mask = jax.vmap(block_mask)(maps.reshape(-1, length, length))
+    mask = jax.vmap(block_mask)(maps.reshape(-1, size, size))
     mask = mask.reshape(*leading, *mask.shape[1:])
-    pattern = BlockPattern.from_block_mask(mask, q_len=length, block_q=block)
+    pattern = BlockPattern.from_block_mask(mask, q_len=length or size, block_q=block)
     finite = jnp.isfinite(maps).all((-2, -1))
     return pattern.invalidate(~(finite if leading else finite[None]))
 
@@ -107,7 +112,7 @@ def average_pool(score_map: Float[ArrayLike, "T T"], block: int) -> Float[Array,
     length = score_map.shape[-1]
     n = -(-length // block)
     padded = jnp.pad(score_map, (0, n * block - length))
-    size = jnp.minimum(block, length - jnp.arange(n) * block).astype(jnp.float32)
+    size = block_sizes(length, block)
     return padded.reshape(n, block, n, block).sum((1, 3)) / (size[:, None] * size)
 
 
@@ -168,15 +173,22 @@ def flood_fill(
     return stepped[rows + cols, rows] & (pooled > threshold)
 
 
-def _check(maps, block, variant, quantile, density, filter_length) -> None:
+def _check(maps, block, variant, quantile, density, filter_length, length) -> None:
     if maps.ndim not in (2, 3, 4) or maps.shape[-1] != maps.shape[-2]:
         raise ValueError(
             "score maps must be square: [T, T], [P, T, T] or [layers, P, T, T]; "
             f"got {tuple(maps.shape)}."
         )
-    check_blocks(maps.shape[-1], maps.shape[-1], block, block)
+    tokens = maps.shape[-1] if length is None else length
+    blocks, _ = check_blocks(tokens, tokens, block, block)
     if variant not in ("CF", "F", "C"):
         raise ValueError(f"variant must be 'CF', 'F' or 'C'; got {variant!r}.")
+    if length is not None and (variant != "F" or maps.shape[-1] != blocks):
+        raise ValueError(
+            f"length={length} says that the maps are pooled already: then variant must be 'F' and "
+            f"maps [..., {blocks}, {blocks}], one value for each block of {block} tokens; got "
+            f"variant={variant!r} and {tuple(maps.shape)}."
+        )
     if not 0 <= quantile < 1 or not 0 < density <= 1:
         raise ValueError(
             f"quantile must lie within [0, 1) and density within (0, 1]; got {quantile}, {density}."

@@ -27,15 +27,24 @@ def block_sparse_attention(q, k, v, mask, q_ids, kv_ids, *, scale, causal, windo
     return jnp.einsum("bnts,bsnh->btnh", probs, v, precision=HIGHEST), lse.swapaxes(1, 2)
 
 
-def score_map(q, k, q_ids, kv_ids, *, scale, causal, per_head):
-    """Softmax probabilities of dense attention, averaged over batch (and heads): `[P, T, S]`."""
+def score_map(q, k, q_ids, kv_ids, *, scale, causal, per_head, pool):
+    """Softmax probabilities of dense attention, averaged over batch (and heads): `[P, T, S]`.
+
+    With `pool`, averaged over blocks of so many queries and keys as well.
+    """
     q, k = (x.astype(jnp.float32) for x in (q, k))
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
     allowed = _allowed(q.shape[1], k.shape[1], q_ids, kv_ids, causal, None)[:, None]
     scores = scale * jnp.einsum("btnh,bsnh->bnts", q, k, precision=HIGHEST)
     probs = jax.nn.softmax(jnp.where(allowed, scores, -1e30), axis=-1)
     probs = jnp.where(allowed, probs, 0.0).mean(0)
-    return probs if per_head else probs.mean(0, keepdims=True)
+    probs = probs if per_head else probs.mean(0, keepdims=True)
+    if pool is not None:
+        for axis in (1, 2):
+            ends = list(range(pool, probs.shape[axis], pool))
+            parts = [part.mean(axis, keepdims=True) for part in jnp.split(probs, ends, axis)]
+            probs = jnp.concatenate(parts, axis)
+    return probs
 
 
 def _allowed(q_len, kv_len, q_ids, kv_ids, causal, window):

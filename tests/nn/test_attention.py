@@ -123,6 +123,14 @@ def test_score_maps_per_head_give_a_pattern_for_every_head():
     assert bool(jnp.isfinite(model(inputs())).all())
 
 
+def test_pooled_score_maps_are_what_variant_f_searches():
+    model, settings = Stack(2), {"block": 16, "variant": "F", "quantile": 0.5}
+    pooled = score_maps(model, inputs(), pool=16)
+    want = sparsax.patterns.spion.search(score_maps(model, inputs()), **settings)
+    found = sparsax.patterns.spion.search(pooled, **settings, length=T)
+    np.testing.assert_array_equal(found.to_block_mask(), want.to_block_mask())
+
+
 @pytest.mark.parametrize("pattern", [None, BAND])
 def test_score_maps_work_under_jit_and_leave_the_model_as_it_was(pattern):
     model = Stack(2)
