@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
-from sparsax import data, patterns
+from sparsax import data, default_implementation, patterns
 from sparsax.nn import Classifier
 from sparsax.plots import spion_figure
 from sparsax.training import FitConfig, Schedule, accuracy, cross_entropy, fit
@@ -33,6 +34,7 @@ class Size:
     dense_steps: int  # turn sparse at this step at the latest
     sparse_steps: int  # after the transition, for every method
     dropout: float = 0.0
+    dtype: str = "float32"  # of attention and feed-forward layers
     scored: int = 10_000  # samples of a split that an evaluation looks at, the first ones
 
     @classmethod
@@ -44,6 +46,12 @@ class Size:
         parser.add_argument("--seed", type=int, default=0)
         for field in dataclasses.fields(cls):
             parser.add_argument("--" + field.name.replace("_", "-"), type=field.type)
+
+    def for_kernels(self) -> "Size":
+        """On a GPU: bfloat16 and blocks of at least 32, as the Hopper kernels take them."""
+        if jax.default_backend() != "gpu":
+            return self
+        return dataclasses.replace(self, dtype="bfloat16", block=max(self.block, 32))
 
     def changed_by(self, args: argparse.Namespace) -> "Size":
         """These sizes, but for those that flags gave."""
@@ -61,8 +69,13 @@ def compare(name: str, dataset: data.Dataset, size: Size, folder: Path, *, varia
     model = Classifier(
         dataset.vocab_size, length, dataset.num_classes, padding_id=dataset.padding_id,
         features=size.features, hidden=2 * size.features, num_heads=size.heads,
-        layers=size.layers, dropout=size.dropout, pruned=pruned, rngs=nnx.Rngs(seed),
+        layers=size.layers, dropout=size.dropout, dtype=size.dtype, pruned=pruned,
+        rngs=nnx.Rngs(seed),
     )  # fmt: skip
+    q = jnp.zeros((1, length, size.heads, size.features // size.heads), size.dtype)
+    chosen = default_implementation(q, patterns.diagonal(length, block=size.block))
+    print(f"sparse attention will run as {chosen!r}: {size.dtype}, heads of {q.shape[-1]}, blocks "
+          f"of {size.block}, on {jax.devices()[0].device_kind}")  # fmt: skip
 
     def loss(model, batch, rngs):
         logits = model(batch[0], rngs=rngs)
@@ -131,6 +144,7 @@ def compare(name: str, dataset: data.Dataset, size: Size, folder: Path, *, varia
     )  # fmt: skip
     figure.savefig(folder / "patterns.png", dpi=110)
     report = {"task": name, "majority": majority, "transition": transition["step"],
+              "implementation": chosen,
               "search_seconds": start.search_seconds, "rows": rows,
               "size": dataclasses.asdict(size), "device": jax.devices()[0].device_kind,
               "jax": jax.__version__}  # fmt: skip

@@ -50,7 +50,8 @@ class SparseAttention(nnx.Module):
         rotary: base of rotary positions, see `sparsax.nn.rotate`; None is without.
         use_bias: whether the projections have a bias.
         implementation: which implementation runs, see `sparsax.block_sparse_attention`.
-        dtype: of the computation; the input's when None.
+        dtype: of the computation; that of input and parameters together when None: float32, which
+            the Hopper kernels do not take, unless the parameters are cast as well.
         rngs: stream of the initial parameters.
 
     Raises:

@@ -14,13 +14,13 @@ class Block(nnx.Module):
 
     def __init__(
         self, features: int, hidden: int, num_heads: int, *, dropout: float = 0.0,
-        rngs: nnx.Rngs, **attention: Any,
+        dtype: Any = None, rngs: nnx.Rngs, **attention: Any,
     ):  # fmt: skip
         self.norm1 = nnx.LayerNorm(features, rngs=rngs)
-        self.attention = SparseAttention(num_heads, features, rngs=rngs, **attention)
+        self.attention = SparseAttention(num_heads, features, dtype=dtype, rngs=rngs, **attention)
         self.norm2 = nnx.LayerNorm(features, rngs=rngs)
-        self.up = nnx.Linear(features, hidden, rngs=rngs)
-        self.down = nnx.Linear(hidden, features, rngs=rngs)
+        self.up = nnx.Linear(features, hidden, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(hidden, features, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x, *, key_mask=None, rngs: nnx.Rngs | None = None):
@@ -41,23 +41,23 @@ class Encoder(nnx.Module):
         num_heads: N.
         layers: number of blocks.
         dropout: rate after embedding, attention and feed-forward.
+        dtype: of attention and feed-forward layers; what is added up between them, and what comes
+            out, stays in the parameters' float32. None: float32 throughout.
         rngs: stream of the initial parameters.
         **attention: passed on to `SparseAttention`, e.g. `causal`, `pruned`, `num_kv_heads`.
     """
 
     def __init__(
         self, vocab_size: int, length: int, *, features: int = 64, hidden: int = 128,
-        num_heads: int = 2, layers: int = 2, dropout: float = 0.1, rngs: nnx.Rngs,
-        **attention: Any,
+        num_heads: int = 2, layers: int = 2, dropout: float = 0.1, dtype: Any = None,
+        rngs: nnx.Rngs, **attention: Any,
     ):  # fmt: skip
+        block = lambda: Block(
+            features, hidden, num_heads, dropout=dropout, dtype=dtype, rngs=rngs, **attention
+        )
         self.tokens = nnx.Embed(vocab_size, features, rngs=rngs)
         self.positions = nnx.Embed(length, features, rngs=rngs)
-        self.blocks = nnx.List(
-            [
-                Block(features, hidden, num_heads, dropout=dropout, rngs=rngs, **attention)
-                for _ in range(layers)
-            ]
-        )
+        self.blocks = nnx.List([block() for _ in range(layers)])
         self.norm = nnx.LayerNorm(features, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 

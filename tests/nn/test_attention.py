@@ -230,6 +230,20 @@ def test_attention_fn_with_a_full_pattern_is_the_default(padded):
     assert_near(got, multi_head()(inputs(), mask=mask), 1e-5, "output")
 
 
+def test_on_a_hopper_gpu_bfloat16_layers_run_the_kernels():
+    pattern = sparsax.patterns.bigbird(256, block=32)
+    own = SparseAttention(2, 64, pattern=pattern, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    flax = nnx.MultiHeadAttention(
+        2, 64, attention_fn=attention_fn(pattern), decode=False, dtype=jnp.bfloat16,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    for model in (own, flax):
+        with sparsax.pallas.lowering():
+            forward = jax.jit(lambda x, model=model: model(x)).trace(jnp.ones((1, 256, 64)))
+            text = forward.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+
+
 def test_attention_fn_follows_its_pattern():
     got = multi_head(attention_fn=attention_fn(BAND))(inputs())
     want = multi_head()(inputs(), mask=BAND.to_mask()[None])

@@ -112,3 +112,31 @@ def test_a_full_pattern_is_dense(make):
     padded = tokens().at[:, 50:].set(0)
     full = sparsax.patterns.full(T, block=16)
     assert_near(make(full)(padded), make()(padded), 1e-5, "logits")
+
+
+def test_in_bfloat16_the_layers_compute_in_it_and_the_logits_do_not():
+    want, model = classifier(BAND), classifier(BAND, dtype=jnp.bfloat16)
+    block = model.encoder.blocks[0]
+    x = jnp.ones((1, T, 16))
+    assert block.up(x).dtype == block.attention(x).dtype == jnp.bfloat16
+    assert model.encoder(tokens()).dtype == model(tokens()).dtype == jnp.float32
+    assert 0 < float(abs(model(tokens()) - want(tokens())).max()) < 2e-2
+    assert decoder(dtype=jnp.bfloat16)(tokens()).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("dtype", "kernels"), [(jnp.bfloat16, 3), (None, 0)])
+def test_on_a_hopper_gpu_a_bfloat16_model_runs_the_kernels(dtype, kernels):
+    options = {"features": 64, "hidden": 64, "num_heads": 2, "layers": 1, "dtype": dtype}
+    model = Classifier(VOCAB, 256, CLASSES, rngs=nnx.Rngs(0), **options)
+    pattern = sparsax.patterns.bigbird(256, block=32)
+
+    def gradients(params, pattern, tokens):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        set_patterns(model, pattern)
+        return nnx.grad(lambda m: (m(tokens) ** 2).mean())(model)
+
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    with sparsax.pallas.lowering():
+        step = jax.jit(gradients).trace(params, pattern, jnp.ones((2, 256), int))
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == kernels  # forward, dq, dkv
