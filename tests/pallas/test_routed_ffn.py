@@ -111,6 +111,31 @@ def test_the_hidden_units_are_activated_where_they_are_computed():
     assert not any(name in text for name in ("stablehlo.logistic", "stablehlo.exponential"))
 
 
+def sharded(*arguments):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "tokens")
+    split, whole = jax.sharding.PartitionSpec("tokens"), jax.sharding.PartitionSpec()
+    call = lambda *a: run(WITHIN, *a, implementation="pallas")
+    specs = (split, whole, whole, split)
+    return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=split)(*arguments)
+
+
+def in_a_scan_with_remat(x, weights, lora, p):
+    layer = jax.checkpoint(lambda x, p: (x + run(WITHIN, x, weights, lora, p), None))
+    return jax.lax.scan(layer, x, jnp.stack([p, p]))[0]
+
+
+WITHIN = Case(name="within", D=64, E=64, G=2, R=2, gated=True, activation="silu", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("call", [sharded, in_a_scan_with_remat])
+def test_gradients_lower_within_transformations(call):
+    *arguments, _ = WITHIN.inputs()
+    loss = lambda *a: call(*a).astype(jnp.float32).sum()
+    with pallas.lowering():
+        step = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(*arguments)
+        assert "mosaic_gpu" in step.lower(lowering_platforms=("cuda",)).as_text()
+
+
 REFUSED = {
     "float32": ({"dtype": "float32"}, "takes rows and matrices in one of .* got float32"),
     "features": ({"D": 96}, "takes features D and E in multiples of 64; got D=96 and E=64"),

@@ -130,12 +130,10 @@ def _epilogue(here: _Item, totals, bias_refs, activate) -> jax.Array:
         part = bias_ref.at[here.group, pl.ds(here.column * width, width)]
         return total + per_col(plgpu.load(part, layout=COL, optimized=False), total.shape)
 
-    totals = map(add_bias, totals, bias_refs)
-    match list(totals):
-        case [z]:
-            return z if activate is None else activate(z)
-        case [z, u]:
-            return activate(u) * z
+    z, *gate = map(add_bias, totals, bias_refs)
+    if gate:
+        return activate(gate[0]) * z
+    return z if activate is None else activate(z)
 
 
 def _copy_out(here: _Item, row, column, chunk, y_ref, shared_ref) -> None:
