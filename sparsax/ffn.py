@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparsax import checks, reference, xla
+from sparsax import checks, pallas, reference, xla
 from sparsax.linear import ACTIVATIONS, Activation
 from sparsax.routing import FFNBlocks, FFNLoRA, RoutingPlan
 from sparsax.typing import Implementation
@@ -40,8 +40,10 @@ def routed_ffn(
         activation: "relu", "silu", "gelu" (tanh) or "gelu_exact".
         lora: low-rank additions to the matrices, in x's dtype.
         frozen: the weights get no gradient, and none is computed.
-        implementation: "reference" (dense, float32), "xla" (any device), or None for "xla". A
-            name runs or raises.
+        implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs:
+            bfloat16 or float16, features D and units E of a block in multiples of 64, any
+            activation but "gelu_exact"), or None for "pallas" where it can run and "xla" elsewhere.
+            A name runs or raises.
 
     Returns:
         `[*B, D]` in x's dtype; 0 for tokens that the plan's mask left out, whatever they hold.
@@ -65,9 +67,10 @@ def routed_ffn(
     """
     checks.one_of("activation", activation, ACTIVATIONS)
     checks.ffn_inputs(x, weights, plan, lora)
-    chosen = checks.implementation(implementation, "xla")
+    refusal = pallas.routed_refusal(x.dtype, x.shape[-1], weights.w_up.shape[-1], activation)
+    chosen = checks.implementation(implementation, "xla" if refusal else "pallas")
     if chosen == "pallas":
-        checks.kernel_runs("has no kernel of the routed feed-forward layer")
+        checks.kernel_runs(refusal)
     if frozen:
         weights = jax.lax.stop_gradient(weights)
     shape, coefficients = x.shape, plan.coefficients.reshape(-1, plan.active)
@@ -84,7 +87,8 @@ def routed_ffn(
     else:
         leaves, tree = jax.tree.flatten((x, weights, lora, flat))
         arrays = jax.tree.unflatten(tree, xla.vary_alike(tuple(leaves)))
-        y = typing.cast(jax.Array, _routed(_Call(activation, frozen), *arrays))
+        call = _Call(activation, frozen, chosen == "pallas", pallas.interpret())
+        y = typing.cast(jax.Array, _routed(call, *arrays))
     return y.astype(x.dtype).reshape(shape)
 
 
@@ -93,12 +97,24 @@ class _Call(typing.NamedTuple):
 
     activation: str
     frozen: bool
+    kernels: bool
+    interpret: typing.Any
+
+    def products(self, x) -> xla.RoutedProducts:
+        """What multiplies the rows of the tokens x."""
+        if not self.kernels:
+            return xla.ROUTED_PRODUCTS
+        kernels = pallas.RoutedKernels(self.activation, self.interpret)
+        # A kernel's result varies over no mesh axis.
+        vary = lambda run: lambda *a, **options: xla.vary_alike((run(*a, **options),), x)[0]
+        return xla.RoutedProducts(vary(kernels.gmm), vary(kernels.tgmm), vary(kernels.hidden))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _routed(call: _Call, x, weights, lora, plan):
+    activation = ACTIVATIONS[call.activation]
     return xla.routed_ffn_forward(
-        x, weights, lora, plan, activation=ACTIVATIONS[call.activation]
+        x, weights, lora, plan, call.products(x), activation=activation
     )  # fmt: skip
 
 
@@ -110,8 +126,9 @@ def _routed_bwd(call, residuals, dy):
     x, weights, lora, plan = residuals
     dy = jnp.where(plan.mask()[:, None], dy, 0)
     dx, dweights, dlora, dcoefficients = xla.routed_ffn_backward(
-        x, weights, lora, plan, dy, activation=ACTIVATIONS[call.activation], frozen=call.frozen
-    )
+        x, weights, lora, plan, dy, call.products(x), activation=ACTIVATIONS[call.activation],
+        frozen=call.frozen,
+    )  # fmt: skip
     nothing = dict.fromkeys(("blocks", "order", "position", "group_sizes"))
     return dx, dweights, dlora, dataclasses.replace(plan, coefficients=dcoefficients, **nothing)
 

@@ -383,9 +383,13 @@ def test_refusals(name):
         call()
 
 
-def test_there_is_no_kernel_yet():
-    with pytest.raises(NotImplementedError, match=r"has no kernel .* implementation='xla' runs"):
-        apply(implementation="pallas")
+def test_a_machine_without_hopper_is_refused_by_name_and_runs_xla_by_default():
+    c = Case(name="sixteen_bits", D=64, E=64, dtype="bfloat16")
+    *arguments, _ = c.inputs()
+    with pytest.raises(NotImplementedError, match=r"needs an NVIDIA Hopper GPU.*'xla' runs this"):
+        run(c, *arguments, implementation="pallas")
+    got, want = (run(c, *arguments, implementation=name) for name in (None, "xla"))
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])

@@ -3,8 +3,11 @@
 from sparsax.pallas.block_sparse.attention import backward as backward
 from sparsax.pallas.block_sparse.attention import forward as forward
 from sparsax.pallas.grouped_matmul import gmm as gmm
+from sparsax.pallas.grouped_matmul import gmm_sum as gmm_sum
 from sparsax.pallas.grouped_matmul import grouped_refusal as grouped_refusal
 from sparsax.pallas.grouped_matmul import tgmm as tgmm
+from sparsax.pallas.routed_ffn import RoutedKernels as RoutedKernels
+from sparsax.pallas.routed_ffn import routed_refusal as routed_refusal
 from sparsax.pallas.score_map import score_map as score_map
 from sparsax.pallas.score_map import score_map_refusal as score_map_refusal
 from sparsax.pallas.support import interpret as interpret

@@ -198,22 +198,26 @@ class TensorCores:
 
         return pl.run_scoped(run, *(ACC(shape, jnp.float32) for shape in shapes))
 
-    def sum(
+    def sums(
         self,
         shape: tuple[int, int],
+        count: int,
         steps: Any,
-        operands: Callable[[Any], tuple[Any, Any]],
+        operands: Callable[[Any], tuple[Any, list[Any]]],
         release: Callable[[Any], None],
-    ) -> jax.Array:
-        """The sum of `a @ b` over `a, b = operands(step)`, both in shared memory; 0 of no steps.
+    ) -> list[jax.Array]:
+        """The sum of `a @ b` for each of `count` b, of `a, bs = operands(step)`; 0 of no steps.
 
-        One product is always in flight; `release(step)` is called once its own has been done.
+        All are in shared memory. The products of one step are always in flight; `release(step)` is
+        called once its own have been done.
         """
 
-        def run(acc):
+        def run(*accs):
             def step(i, _):
-                plgpu.wgmma(acc, *operands(i))
-                plgpu.wgmma_wait(1)
+                a, bs = operands(i)
+                for acc, b in zip(accs, bs, strict=True):
+                    plgpu.wgmma(acc, a, b)
+                plgpu.wgmma_wait(count)
 
                 @pl.when(i > 0)
                 def _():
@@ -221,16 +225,16 @@ class TensorCores:
                     release(i - 1)
 
             jax.lax.fori_loop(0, steps, step, None)
-            value = acc[...]
+            values = [acc[...] for acc in accs]
 
             @pl.when(steps > 0)
             def _():
                 self.before_release()
                 release(steps - 1)
 
-            return value
+            return values
 
-        return pl.run_scoped(run, ACC(shape, jnp.float32))
+        return pl.run_scoped(run, *(ACC(shape, jnp.float32) for _ in range(count)))
 
     def before_release(self) -> None:
         """Orders generic reads of a slot, which only interpret mode makes, before its refill."""

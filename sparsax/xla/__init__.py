@@ -7,6 +7,8 @@ from sparsax.xla.grouped_matmul import gmm as gmm
 from sparsax.xla.grouped_matmul import group_sums as group_sums
 from sparsax.xla.grouped_matmul import tgmm as tgmm
 from sparsax.xla.pruned_counts import pruned_counts as pruned_counts
+from sparsax.xla.routed_ffn import ROUTED_PRODUCTS as ROUTED_PRODUCTS
+from sparsax.xla.routed_ffn import RoutedProducts as RoutedProducts
 from sparsax.xla.routed_ffn import routed_ffn_backward as routed_ffn_backward
 from sparsax.xla.routed_ffn import routed_ffn_forward as routed_ffn_forward
 from sparsax.xla.score_map import score_map as score_map

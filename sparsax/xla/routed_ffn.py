@@ -16,98 +16,155 @@ from sparsax.xla.grouped_matmul import gmm, group_sums, tgmm
 from sparsax.xla.walk import take
 
 
-class _Product(typing.NamedTuple):
-    """One of the matrices that x meets, its LoRA, and what became of both in the forward pass."""
+class RoutedProducts(typing.NamedTuple):
+    """The grouped products that the layer is made of: those of this folder, or of kernels."""
+
+    # `(terms, sizes, bias=None, *, transpose_w=False)`: the sum of `x w` over terms `(x, w)`, rows.
+    gmm: typing.Callable[..., jax.Array]
+    tgmm: typing.Callable[..., jax.Array]
+    # `(xs, parts, sizes)`: the hidden units of every row in one go; None to compose them.
+    hidden: typing.Callable[..., jax.Array] | None = None
+
+
+class Part(typing.NamedTuple):
+    """One of the matrices that x meets, and its LoRA: `x w + bias + low b`."""
 
     name: str  # "up" or "gate"
-    base: typing.Any  # x w + bias, rows
-    z: typing.Any  # with coefficient and LoRA, float32 rows
+    w: typing.Any
+    bias: typing.Any
     low: typing.Any  # scale * x a, rows; None without LoRA
+    b: typing.Any
+
+    def terms(self, xs):
+        """What is multiplied and summed."""
+        return [(xs, self.w)] if self.low is None else [(xs, self.w), (self.low, self.b)]
 
 
-def routed_ffn_forward(x, weights, lora, plan, *, activation):
+def gmm_sum(terms, sizes, bias=None, *, transpose_w=False):
+    """The sum of `gmm` over terms `(x, w)`; float32 when there are several."""
+    (x, w), *rest = terms
+    y = gmm(x, w, sizes, bias, transpose_w=transpose_w)
+    for x, w in rest:
+        y = y.astype(jnp.float32) + gmm(x, w, sizes, transpose_w=transpose_w)
+    return y
+
+
+ROUTED_PRODUCTS = RoutedProducts(gmm_sum, tgmm)
+
+
+def routed_ffn_forward(x, weights, lora, plan, products=ROUTED_PRODUCTS, *, activation):
     """`sum over chosen g of c_g FFN_g(x), + b_down` in x's dtype; 0 for tokens of no block."""
-    h, _ = _hidden(x, take(x, plan.tokens), weights, lora, plan, activation)
-    c = plan.coefficients
-    y = _sum_choices(gmm(h, weights.w_down, plan.group_sizes), plan, c)
+    xs, parts = take(x, plan.tokens), _parts(x, weights, lora, plan)
+    if products.hidden is None or plan.scaled == "products":
+        _, zs = _sums(xs, parts, plan, products)
+        h = _join(activation)(*zs).astype(x.dtype)
+    else:
+        h = products.hidden(xs, parts, plan.group_sizes)
+    rows = products.gmm([(h, weights.w_down)], plan.group_sizes)
+    y = _sum_choices(rows, plan, plan.coefficients)
     if lora is not None:
-        y += lora.scale * _matmul("nr,rd->nd", _low_sum(h, lora, plan).astype(x.dtype), lora.down_b)
+        low = _low_sum(h, lora, plan, products.gmm).astype(x.dtype)
+        y += lora.scale * _matmul("nr,rd->nd", low, lora.down_b)
     y = y if weights.b_down is None else y + weights.b_down.astype(jnp.float32)
     return jnp.where(plan.mask()[:, None], y, 0.0).astype(x.dtype)
 
 
-def routed_ffn_backward(x, weights, lora, plan, dy, *, activation, frozen: bool):
+def routed_ffn_backward(
+    x, weights, lora, plan, dy, products=ROUTED_PRODUCTS, *, activation, frozen: bool
+):  # fmt: skip
     """`(dx, dweights, dlora, dcoefficients)`; the hidden units are computed again.
 
     With `frozen`, dweights is None. Under jit, what is not asked for is not computed.
     """
-    sizes, dtype, products = plan.group_sizes, x.dtype, plan.scaled == "products"
+    sizes, dtype, scaled = plan.group_sizes, x.dtype, plan.scaled == "products"
+    gmm, tgmm, _ = products
     xs, dys, c = take(x, plan.tokens), take(dy, plan.tokens), _sorted(plan)
-    h, (parts, pull) = _hidden(x, xs, weights, lora, plan, activation)
-    dh = gmm(dys, weights.w_down, sizes, transpose_w=True).astype(jnp.float32)
-    low, dlow = 0.0, None
+    parts = _parts(x, weights, lora, plan)
+    bases, zs = _sums(xs, parts, plan, products)
+    h, pull = jax.vjp(_join(activation), *zs)
+    h, into_h = h.astype(dtype), [(dys, weights.w_down)]
     if lora is not None:
-        dlow = (lora.scale * _matmul("nd,rd->nr", dy, lora.down_b)).astype(dtype)
-        dlow = take(dlow, plan.tokens)
-        low = gmm(dlow, lora.down_a, sizes, transpose_w=True).astype(jnp.float32)
-    # y = sum of c * (h w), so dc = (h w) dy = h (w dy): the product h w is not needed again.
-    dc = (h * (dh if products else dh + low)).sum(1, dtype=jnp.float32)
-    dz = pull(c * dh + low if products else c * (dh + low))
-    h_scaled = (c * h).astype(dtype)
-    dweights = None
+        dlow = lora.scale * _matmul("nd,rd->nr", dy, lora.down_b)
+        into_h.append((take(dlow.astype(dtype), plan.tokens), lora.down_a))
+    dc, dh = _into_hidden(h, into_h, plan, gmm)
+    dz = pull(dh)
+    if scaled:
+        dc += sum((d * base).sum(1, dtype=jnp.float32) for d, base in zip(dz, bases, strict=True))
+    ds = [d.astype(dtype) for d in dz]
+    dbases = [(c * d).astype(dtype) for d in dz] if scaled else ds
+    dx = gmm([(d, part.w) for d, part in zip(dbases, parts, strict=True)], sizes, transpose_w=True)
+    dx, dweights, dlora, c_h = _sum_choices(dx, plan), None, None, (c * h).astype(dtype)
     if not frozen:
-        dweights = {"w_down": tgmm(h_scaled, dys, sizes), "b_down": dy.sum(0, dtype=jnp.float32)}
-    dlora = {}
+        dweights = {"w_down": tgmm(c_h, dys, sizes), "b_down": dy.sum(0, dtype=jnp.float32)}
+        for part, d in zip(parts, dbases, strict=True):
+            dweights[f"w_{part.name}"] = tgmm(xs, d, sizes)
+            dweights[f"b_{part.name}"] = group_sums(d, sizes)
     if lora is not None:
-        q = _low_sum(h, lora, plan).astype(dtype)
-        dlora["down_a"] = tgmm(h if products else h_scaled, dlow, sizes)
-        dlora["down_b"] = lora.scale * _matmul("nr,nd->rd", q, dy)
-    dx = jnp.zeros((), jnp.float32)
-    for part, d in zip(parts, dz, strict=True):
-        name, dbase = part.name, (c * d if products else d).astype(dtype)
-        dc += (d * part.base).sum(1, dtype=jnp.float32) if products else 0.0
-        w = getattr(weights, f"w_{name}")
-        dx += _sum_choices(gmm(dbase, w, sizes, transpose_w=True), plan)
-        if dweights is not None:
-            dweights |= {f"w_{name}": tgmm(xs, dbase, sizes), f"b_{name}": group_sums(dbase, sizes)}
-        if lora is not None:
-            a, b, d = getattr(lora, f"{name}_a"), getattr(lora, f"{name}_b"), d.astype(dtype)
-            du = lora.scale * _sum_choices(gmm(d, b, sizes, transpose_w=True), plan)
+        low = _low_sum(h, lora, plan, gmm).astype(dtype)
+        dlora = {
+            "down_a": tgmm(h if scaled else c_h, into_h[1][0], sizes),
+            "down_b": lora.scale * _matmul("nr,nd->rd", low, dy),
+        }
+        for part, d in zip(parts, ds, strict=True):
+            du = lora.scale * _sum_choices(gmm([(d, part.b)], sizes, transpose_w=True), plan)
             du = du.astype(dtype)
-            dx += _matmul("nr,dr->nd", du, a)
-            dlora |= {
-                f"{name}_a": _matmul("nd,nr->dr", x, du), f"{name}_b": tgmm(part.low, d, sizes),
-            }  # fmt: skip
+            dx += _matmul("nr,dr->nd", du, getattr(lora, f"{part.name}_a"))
+            dlora[f"{part.name}_a"] = _matmul("nd,nr->dr", x, du)
+            dlora[f"{part.name}_b"] = tgmm(part.low, d, sizes)
     dcoefficients = take(dc, plan.position).reshape(plan.coefficients.shape)
     return dx.astype(dtype), _like(weights, dweights), _like(lora, dlora), dcoefficients
 
 
-def _hidden(x, xs, weights, lora, plan, activation):
-    """Hidden units of every row, and what their gradient needs: `(products, pull)`."""
-    names = ["up"] if weights.w_gate is None else ["up", "gate"]
-    c, sizes = _sorted(plan), plan.group_sizes
+def _into_hidden(h, terms, plan, gmm):
+    """The gradients of the coefficients, as far as they come from the output, and of h; float32.
 
-    def product(name):
-        bias = getattr(weights, f"b_{name}")
-        base = gmm(xs, getattr(weights, f"w_{name}"), sizes, bias).astype(jnp.float32)
-        z, low = c * base if plan.scaled == "products" else base, None
+    y = sum of c * (h w), so dc = (h w) dy = h (w dy): the product h w is not needed again.
+    """
+    c, sizes, float32 = _sorted(plan), plan.group_sizes, jnp.float32
+    if plan.scaled == "products":
+        of_w, *of_lora = (gmm([term], sizes, transpose_w=True).astype(float32) for term in terms)
+        return (h * of_w).sum(1, dtype=float32), sum(of_lora, c * of_w)
+    dh = gmm(terms, sizes, transpose_w=True).astype(float32)
+    return (h * dh).sum(1, dtype=float32), c * dh
+
+
+def _parts(x, weights, lora, plan) -> list[Part]:
+    names = ["up"] if weights.w_gate is None else ["up", "gate"]
+
+    def part(name):
+        low = b = None
         if lora is not None:
             # Once for a token, whatever the number of its blocks.
             low = lora.scale * _matmul("nd,dr->nr", x, getattr(lora, f"{name}_a"))
-            low = take(low.astype(x.dtype), plan.tokens)
-            z += gmm(low, getattr(lora, f"{name}_b"), sizes).astype(jnp.float32)
-        return _Product(name, base, z, low)
+            low, b = take(low.astype(x.dtype), plan.tokens), getattr(lora, f"{name}_b")
+        return Part(name, getattr(weights, f"w_{name}"), getattr(weights, f"b_{name}"), low, b)
 
-    parts = [product(name) for name in names]
-    join = lambda up, gate=None: activation(up) if gate is None else activation(gate) * up
-    h, pull = jax.vjp(join, *(part.z for part in parts))
-    return h.astype(x.dtype), (parts, pull)
+    return [part(name) for name in names]
 
 
-def _low_sum(h, lora, plan):
+def _sums(xs, parts, plan, products: RoutedProducts):
+    """`x w + bias` of each part, None unless the coefficients scale it; z: with those and LoRA."""
+    gmm, sizes = products.gmm, plan.group_sizes
+    if plan.scaled != "products":
+        zs = [gmm(part.terms(xs), sizes, part.bias).astype(jnp.float32) for part in parts]
+        return [None] * len(parts), zs
+    c, bases, zs = _sorted(plan), [], []
+    for part in parts:
+        (base, *low) = part.terms(xs)
+        bases.append(gmm([base], sizes, part.bias).astype(jnp.float32))
+        zs.append(sum((gmm([term], sizes) for term in low), c * bases[-1]))
+    return bases, zs
+
+
+def _join(activation):
+    """The hidden units as a function of the values before the activation."""
+    return lambda up, gate=None: activation(up) if gate is None else activation(gate) * up
+
+
+def _low_sum(h, lora, plan, gmm):
     """What a token's blocks give LoRA's R columns of the second matrix, `[N, R]` float32."""
     c = plan.coefficients if plan.scaled == "output" else None
-    return _sum_choices(gmm(h, lora.down_a, plan.group_sizes), plan, c)
+    return _sum_choices(gmm([(h, lora.down_a)], plan.group_sizes), plan, c)
 
 
 def _sum_choices(rows, plan, coefficients=None):

@@ -1,8 +1,9 @@
 """Compiles the kernels of grouped products to H200 machine code without a GPU, as ptxas tells it.
 
-    python -m tests.pallas.compile_grouped D F BIAS
+    python -m tests.pallas.compile_grouped D F MATRICES
 
-Needs jax's CUDA plugin. BIAS is 1 for a product with bias and GELU as well, else 0.
+Needs jax's CUDA plugin. MATRICES is 0 for plain products; with 1 there are a second term, bias and
+GELU as well, with 2 also a gate.
 """
 
 import os
@@ -25,17 +26,18 @@ from sparsax import pallas
 M, G = 1000, 5
 
 
-def main(features: int, columns: int, bias: bool) -> None:
+def main(features: int, columns: int, matrices: int) -> None:
     target = (Path(__file__).parent / "h200.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def step(x, w, b, dy, sizes):
-        options = {"bias": b, "activation": "gelu"} if bias else {}
-        y = pallas.gmm(x, w, sizes, transpose_w=False, **options)
         dx = pallas.gmm(dy, w, sizes, transpose_w=True)
-        return y, dx, pallas.tgmm(x, dy, sizes)
+        if not matrices:
+            return dx, pallas.gmm(x, w, sizes, transpose_w=False), pallas.tgmm(x, dy, sizes)
+        terms = ((x, (w,) * matrices), (x[:, :64], (w[:, :64],) * matrices))
+        return dx, pallas.gmm_sum(terms, sizes, (b,) * matrices, activation="gelu")
 
     with pallas.lowering():
         jax.jit(step).trace(
@@ -45,4 +47,4 @@ def main(features: int, columns: int, bias: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

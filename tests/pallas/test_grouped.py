@@ -117,7 +117,7 @@ def test_rows_of_no_group_do_not_matter():
 
 def with_activation(activation):
     options = {"activation": activation, "interpret": pallas.interpret()}
-    return jax.jit(lambda *a: pallas.gmm(*a, transpose_w=False, **options))
+    return jax.jit(lambda x, w, n, b: pallas.gmm_sum([(x, [w])], n, [b], **options))
 
 
 def test_an_activation_in_the_epilogue():
@@ -126,6 +126,31 @@ def test_an_activation_in_the_epilogue():
         y = with_activation("gelu")(*inputs)
     want = jax.nn.gelu(reference.gmm(*inputs, transpose_w=False))
     assert_near(y, want, TOLERANCES["bfloat16"].output, "gelu")
+
+
+def two_terms_and_a_gate():
+    """Terms, sizes and biases; groups share slabs of rows, and some rows are of none."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    draw = lambda *shape: jax.random.normal(next(keys), shape, jnp.bfloat16) / 8
+    terms = [(draw(140, d), [draw(3, d, 128) for _ in range(2)]) for d in (128, 64)]
+    return terms, jnp.array([30, 0, 101]), [draw(3, 128), None]
+
+
+@pytest.mark.usefixtures("few_blocks")
+def test_two_terms_and_a_gate_in_one_kernel():
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # no public way
+
+    terms, sizes, biases = two_terms_and_a_gate()
+    with pallas.interpreted(detect_races=True):
+        options = {"activation": "silu", "interpret": pallas.interpret()}
+        run = jax.jit(lambda *a: pallas.gmm_sum(*a, **options))
+        y = jax.block_until_ready(run(terms, sizes, biases))
+    assert not interpret_pallas_call.get_races().races_found
+    (x, (up, gate)), (low, (up_b, gate_b)) = terms
+    of = lambda x, w, bias=None: reference.gmm(x, w, sizes, bias, transpose_w=False)
+    want = jax.nn.silu(of(x, gate) + of(low, gate_b)) * (of(x, up, biases[0]) + of(low, up_b))
+    assert_near(y, want, TOLERANCES["bfloat16"].output, "gated")
+    np.testing.assert_array_equal(y[131:], 0)
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])

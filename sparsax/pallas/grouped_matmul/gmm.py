@@ -1,5 +1,7 @@
-"""`y[rows of g] = activation(x[rows of g] w[g] + bias[g])`, rows of no group 0."""
+"""`y[rows of g] = activation(sum of x[rows of g] w[g] + bias[g])`, rows of no group 0."""
 
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -23,24 +25,35 @@ from sparsax.pallas.hopper import COL, COMPUTE, WG_ROWS, per_col
 from sparsax.pallas.tsvd_matmul import ACTIVATIONS
 
 
-def gmm(x, w, group_sizes, bias=None, *, transpose_w: bool, activation=None, interpret=None):
+def gmm(x, w, group_sizes, bias=None, *, transpose_w: bool, interpret=None):
     """`[M, F]` in x's dtype, of x `[M, D]` and w `[G, D, F]`, or `[G, F, D]` to be transposed."""
-    rows = x.shape[0]
-    x = jnp.pad(x, ((0, max(-rows % SLAB, WG_ROWS - rows)), (0, 0)))
+    options = {"transpose_w": transpose_w, "interpret": interpret}
+    return gmm_sum(((x, (w,)),), group_sizes, (bias,), **options)
+
+
+def gmm_sum(terms, group_sizes, biases, *, transpose_w=False, activation=None, interpret=None):
+    """`activation(z)`, z the sum of `x w + bias` over the terms `(x, (w,))`; rows as of `gmm`.
+
+    Terms `(x, (w, v))` make two sums, z and u, with a bias (or None) each: `activation(u) * z`.
+    Everything is summed and activated in registers, and x is read once for both.
+    """
+    rows = terms[0][0].shape[0]
+    more = ((0, max(-rows % SLAB, WG_ROWS - rows)), (0, 0))
+    terms = [(jnp.pad(x, more), matrices) for x, matrices in terms]
+    padded = terms[0][0].shape[0]
     starts, ends = tables.bounds(group_sizes, rows)
     # Rows of no group are one more, of no steps and no bias.
     starts = jnp.concatenate([starts, ends[-1:]])
-    ends = jnp.concatenate([ends, jnp.full_like(ends[:1], x.shape[0])])
-    table = tables.row_tiles(starts, ends, x.shape[0])
-    operands = [x, w, table]
-    if bias is not None:
-        operands.append(jnp.pad(bias.astype(jnp.float32), ((0, 1), (0, 0))))
-    activate = ACTIVATIONS.get(activation or "")
-    run = _kernel(x, w, bias is not None, transpose_w, activate, interpret)
-    y, shared = run(*operands)
+    ends = jnp.concatenate([ends, jnp.full_like(ends[:1], padded)])
+    table = tables.row_tiles(starts, ends, padded)
+    biases = [
+        None if b is None else jnp.pad(b.astype(jnp.float32), ((0, 1), (0, 0))) for b in biases
+    ]
+    run = _kernel(terms, biases, transpose_w, ACTIVATIONS.get(activation or ""), interpret)
+    y, shared = run(*jax.tree.leaves((terms, table, biases)))
     # Slabs that groups share were put aside: each group's rows of them find their place here.
     where = tables.shared_rows(starts, ends).reshape(-1)
-    nowhere = x.shape[0] + jnp.arange(where.size)
+    nowhere = padded + jnp.arange(where.size)
     where = jnp.where(where < 0, nowhere, where)
     values = shared.reshape(-1, y.shape[1])
     return y.at[where].set(values, mode="drop", unique_indices=True)[:rows]
@@ -55,37 +68,42 @@ class _Item(NamedTuple):
     steps: Any
 
 
-def _kernel(x, w, has_bias: bool, transpose_w: bool, activate, interpret):
-    rows, depth = x.shape
+def _kernel(terms, biases, transpose_w: bool, activate, interpret):
+    tree = jax.tree.structure((terms, 0, biases))
+    x, (w, *_) = terms[0]
+    rows, matrices = x.shape[0], len(biases)
     groups, columns = w.shape[0], w.shape[1 if transpose_w else 2]
-    width, most = width_of(columns), tables.most_tiles(rows, groups + 1)
+    width, most = width_of(columns, matrices), tables.most_tiles(rows, groups + 1)
     wide = columns // width
+    past = list(itertools.accumulate(x.shape[1] // DEPTH for x, _ in terms))  # steps of the terms
 
-    def make(x_ref, w_ref, table, *rest):
-        bias_ref = rest[0] if has_bias else None
-        y_ref, shared_ref = rest[-2:]
+    def make(*refs):
+        *operands, y_ref, shared_ref = refs
+        sources, table, bias_refs = jax.tree.unflatten(tree, operands)
 
         def item(n):
             tile, column = raster(n, table[0], wide)
             group, slab, start, end = (table[1 + i * most + tile] for i in range(4))
-            steps = jnp.where(group < groups, depth // DEPTH, 0)
-            return _Item(group, slab, column, start, end, steps)
+            return _Item(group, slab, column, start, end, jnp.where(group < groups, past[-1], 0))
 
         def fill(here, step, a, b, barrier):
-            inner = pl.ds(step * DEPTH, DEPTH)
-            for half in range(COMPUTE):
-                own = pl.ds(here.slab * SLAB + half * WG_ROWS, WG_ROWS)
-                plgpu.copy_gmem_to_smem(x_ref.at[own, inner], a.at[half], barrier)
-            outer = pl.ds(here.column * width, width)
-            part = (outer, inner) if transpose_w else (inner, outer)
-            plgpu.copy_gmem_to_smem(w_ref.at[(here.group, *part)], b, barrier)
+            def from_term(x_ref, w_refs, step):
+                inner = pl.ds(step * DEPTH, DEPTH)
+                for half in range(COMPUTE):
+                    own = pl.ds(here.slab * SLAB + half * WG_ROWS, WG_ROWS)
+                    plgpu.copy_gmem_to_smem(x_ref.at[own, inner], a.at[half], barrier)
+                outer = pl.ds(here.column * width, width)
+                part = (outer, inner) if transpose_w else (inner, outer)
+                for i, w_ref in enumerate(w_refs):
+                    plgpu.copy_gmem_to_smem(w_ref.at[(here.group, *part)], b.at[i], barrier)
 
-        def store(here, wg, total, staging):
-            if bias_ref is not None:
-                part = bias_ref.at[here.group, pl.ds(here.column * width, width)]
-                bias = plgpu.load(part, layout=COL, optimized=False)
-                total = total + per_col(bias, total.shape)
-            total = total if activate is None else activate(total)
+            for source, first, end in zip(sources, [0, *past[:-1]], past, strict=True):
+                pl.when((first <= step) & (step < end))(
+                    functools.partial(from_term, *source, step - first)
+                )
+
+        def store(here, wg, totals, staging):
+            total = _epilogue(here, totals, bias_refs, activate)
             row, column = here.slab * SLAB + wg * WG_ROWS, here.column * width
             copy = lambda chunk, begin: _copy_out(
                 here, row, column + begin, chunk, y_ref, shared_ref
@@ -94,12 +112,28 @@ def _kernel(x, w, has_bias: bool, transpose_w: bool, activate, interpret):
 
         return Plan(table[0] * wide, item, fill, store)
 
-    shape = Shape(width, x.dtype, transpose_b=transpose_w)
+    shape = Shape(width, x.dtype, matrices, transpose_b=transpose_w)
     out = (
         jax.ShapeDtypeStruct((rows, columns), x.dtype),
         jax.ShapeDtypeStruct((2 * (groups + 1), SLAB, columns), x.dtype),
     )
     return product(make, shape, "gmm", most * wide, out, interpret)
+
+
+def _epilogue(here: _Item, totals, bias_refs, activate) -> jax.Array:
+    """The tile of the result, of the sums of its matrices."""
+
+    def add_bias(total, bias_ref):
+        if bias_ref is None:
+            return total
+        width = total.shape[1]
+        part = bias_ref.at[here.group, pl.ds(here.column * width, width)]
+        return total + per_col(plgpu.load(part, layout=COL, optimized=False), total.shape)
+
+    z, *gate = map(add_bias, totals, bias_refs)
+    if gate:
+        return activate(gate[0]) * z
+    return z if activate is None else activate(z)
 
 
 def _copy_out(here: _Item, row, column, chunk, y_ref, shared_ref) -> None:

@@ -37,6 +37,7 @@ class Shape:
 
     width: int
     dtype: Any
+    matrices: int = 1  # b that meet the same a, each with a sum of its own
     transpose_a: bool = False  # tiles of a arrive as `DEPTH x rows`
     transpose_b: bool = False  # tiles of b arrive as `width x DEPTH`
 
@@ -46,13 +47,13 @@ class Plan(NamedTuple):
 
     count: Any  # tiles of the result
     item: Callable[[Any], Any]  # what there is to know of a tile; `.steps` at least
-    fill: Callable[..., None]  # `(item, step, a, b, barrier)`: COMPUTE + 1 copies
-    store: Callable[..., None]  # `(item, warpgroup, sum, staging)`
+    fill: Callable[..., None]  # `(item, step, a, b, barrier)`: COMPUTE + matrices copies
+    store: Callable[..., None]  # `(item, warpgroup, sums, staging)`
 
 
-def width_of(columns: int) -> int:
-    """Columns of a tile."""
-    return next(w for w in (256, 128, 64) if columns % w == 0)
+def width_of(columns: int, matrices: int = 1) -> int:
+    """Columns of a tile: so many that the sums of all matrices fit into the registers."""
+    return next(w for w in (256, 128, 64) if columns % w == 0 and matrices * w <= 256)
 
 
 def raster(n, rows, columns: int) -> tuple[Any, Any]:
@@ -110,13 +111,18 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
                 def operands(i):
                     ring.wait(begin + i)
                     slot = ring.slot(begin + i)
-                    a, b = a_smem.at[slot, wg], b_smem.at[slot]
-                    a = a.transpose((1, 0)) if shape.transpose_a else a
-                    return a, b.transpose((1, 0)) if shape.transpose_b else b
+                    turn = lambda ref, wanted: ref.transpose((1, 0)) if wanted else ref
+                    bs = [b_smem.at[slot, i] for i in range(shape.matrices)]
+                    return (
+                        turn(a_smem.at[slot, wg], shape.transpose_a),
+                        [turn(b, shape.transpose_b) for b in bs],
+                    )
 
                 release = lambda i: ring.release(begin + i)
-                total = cores.sum((WG_ROWS, shape.width), here.steps, operands, release)
-                plan.store(here, wg, total, y_smem.at[wg])
+                totals = cores.sums(
+                    (WG_ROWS, shape.width), shape.matrices, here.steps, operands, release
+                )
+                plan.store(here, wg, totals, y_smem.at[wg])
 
             each_item(add_up)
             plgpu.wait_smem_to_gmem(0)
@@ -125,8 +131,10 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
     lined = lambda *sizes: tiled(sizes, shape.dtype, DEPTH, 2 * DEPTH)
     return launch(
         kernel, name, thread_blocks, out_type, interpret,
-        a_smem=lined(STAGES, COMPUTE, WG_ROWS, DEPTH), b_smem=lined(STAGES, *b_tile),
-        y_smem=lined(COMPUTE, CHUNKS, WG_ROWS, CHUNK), bars=Ring.barriers(STAGES, COMPUTE + 1),
+        a_smem=lined(STAGES, COMPUTE, WG_ROWS, DEPTH),
+        b_smem=lined(STAGES, shape.matrices, *b_tile),
+        y_smem=lined(COMPUTE, CHUNKS, WG_ROWS, CHUNK),
+        bars=Ring.barriers(STAGES, COMPUTE + shape.matrices),
     )  # fmt: skip
 
 

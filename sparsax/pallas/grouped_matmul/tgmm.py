@@ -65,7 +65,9 @@ def _kernel(x, dy, groups: int, interpret):
                     own = jnp.minimum(here.part + half, features // WG_ROWS - 1)
                     part = x_rows(pl.ds(own * WG_ROWS, WG_ROWS))
                     plgpu.copy_gmem_to_smem(part, a.at[half], barrier)
-                plgpu.copy_gmem_to_smem(dy_rows(pl.ds(here.column * width, width)), b, barrier)
+                plgpu.copy_gmem_to_smem(
+                    dy_rows(pl.ds(here.column * width, width)), b.at[0], barrier
+                )
 
             @pl.when(step < here.whole)
             def _():
@@ -78,7 +80,7 @@ def _kernel(x, dy, groups: int, interpret):
                 g = here.group
                 from_rows(lambda f: x_ends.at[g, own, f], lambda f: dy_ends.at[g, own, f])
 
-        def store(here, wg, total, staging):
+        def store(here, wg, totals, staging):
             row = (here.part + wg) * WG_ROWS
 
             def copy(chunk, begin):
@@ -87,7 +89,7 @@ def _kernel(x, dy, groups: int, interpret):
                     own = pl.ds(row, WG_ROWS), pl.ds(here.column * width + begin, CHUNK)
                     plgpu.copy_smem_to_gmem(chunk, out_ref.at[(here.group, *own)])
 
-            each_chunk(total, staging, x.dtype, copy)
+            each_chunk(totals[0], staging, x.dtype, copy)
 
         return Plan(jnp.int32(groups * high * wide), item, fill, store)
 
