@@ -13,22 +13,24 @@ from sparsax.pallas.hopper import LANES
 STRIP = 64  # rows added by one warpgroup, as many as its registers hold
 
 
-def combine(schedule: Schedule, splits, sums, targets, interpret):
+def combine(schedule: Schedule, samples: int, splits, sums, targets, interpret):
     """`targets [B, S, K, H]` with the row tiles of split rows filled in from the sums of parts.
 
-    `splits [3, E]` and `sums [part and copy, target, 128, H]` are from `Schedule.table` and the
-    kernel that wrote the parts.
+    `samples` is 1 where all share their lists. `splits [3, E]` and `sums [part and copy, target,
+    128, H]` are from `Schedule.table` and the kernel that wrote the parts.
     """
     (_, _, heads, features), dtype = targets[0].shape, targets[0].dtype
-    sharing = heads // schedule.owners
+    owners = schedule.owners // samples  # of one sample
+    sharing = heads // owners
 
     def kernel(splits, sums, *refs, smem):
         nth, copy = lax.axis_index("split"), lax.axis_index("copy")
         row, first, count = (splits[i, nth] for i in range(3))
         begin = lax.axis_index("strip") * STRIP
         at = pl.ds(lax.rem(row, jnp.int32(schedule.tiles)) * ROWS + begin, STRIP)
-        sample = copy // sharing
-        head = row // schedule.tiles * sharing + lax.rem(copy, jnp.int32(sharing))
+        owner = row // schedule.tiles
+        sample = copy // sharing + owner // owners
+        head = lax.rem(owner, jnp.int32(owners)) * sharing + lax.rem(copy, jnp.int32(sharing))
         layout = plgpu.Layout.WG_STRIDED((STRIP, features), LANES)
 
         @pl.when(count > 0)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from sparsax.layouts import INVALID
+from sparsax.pallas.block_sparse.places import Rule
 
 ROWS = 128  # two warpgroups of 64 rows, the M of a Hopper matrix instruction
 
@@ -45,7 +46,8 @@ class Bounds:
         before: farthest column before the row's own index; None for no limit.
         after: farthest column after it; None for no limit.
         mask_tail: False where positions past `cols` cannot contribute anyhow.
-        ids: rows and columns also carry ids that must be equal.
+        ids: rows and columns also carry ids that must be equal, or what `rule` reads.
+        rule: what says instead of bits and ids which pairs attend.
     """
 
     rows: int
@@ -54,6 +56,7 @@ class Bounds:
     after: int | None
     mask_tail: bool
     ids: bool
+    rule: Rule | None = None
 
     def partial(self, block_col: int) -> bool:
         """Whether any pair of blocks may need a mask at all."""
