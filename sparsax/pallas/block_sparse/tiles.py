@@ -24,14 +24,14 @@ class TileLists:
     """Column blocks of every row tile of every pattern head, those that need no mask first.
 
     Attributes:
-        full: leading entries in which every pair attends, `[P, R]`.
-        count: entries of the list; `INVALID` where the pattern is not to be used, `[P, R]`.
+        full: leading entries in which every pair attends, `[A, R]`: A is P, or P of every sample.
+        count: entries of the list; `INVALID` where the pattern is not to be used, `[A, R]`.
         cols: column blocks `[P, R, C]`.
         bits: which row blocks of the tile list the column, `[P, R, C]`; None if it is always all.
     """
 
-    full: Int[Array, "P R"]
-    count: Int[Array, "P R"]
+    full: Int[Array, "A R"]
+    count: Int[Array, "A R"]
     cols: Int[Array, "P R C"]
     bits: Int[Array, "P R C"] | None
 
