@@ -1,15 +1,12 @@
 """The kernels of compound attention against the float32 reference: interpreted, and on the GPU."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsax import Band, CompoundPattern, compound_attention, pallas, patterns
-from sparsax.pallas.block_sparse import attention, schedule
-from sparsax.patterns import compound
+from sparsax import compound_attention, pallas
 from tests.helpers import assert_near
 from tests.pallas.compound_cases import CASES, case
 
