@@ -1,12 +1,15 @@
 """The kernels of compound attention against the float32 reference: interpreted, and on the GPU."""
 
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsax import compound_attention, pallas
+from sparsax import Band, CompoundPattern, compound_attention, pallas, patterns
+from sparsax.pallas.block_sparse import attention, schedule
+from sparsax.patterns import compound
 from tests.helpers import assert_near
 from tests.pallas.compound_cases import CASES, case
 
@@ -63,3 +66,70 @@ def test_kernels_match_the_reference_and_repeat_their_bits(c):
     first, again = check(c), value_and_gradients(c, "pallas", c.dtype)
     for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_split_rows_of_packed_keys_add_up_interpreted(monkeypatch):
+    # On a GPU this small the rows of packed keys are long in every sample: they are cut.
+    monkeypatch.setattr(schedule, "MULTIPROCESSORS", 3)
+    monkeypatch.setattr(attention, "LONG", 1)
+    with pallas.interpreted(detect_races=True):
+        check(case("longformer_padded_own"))
+
+
+def test_what_is_invalid_under_jit_is_nan_in_that_sample_alone():
+    c = case("columns")
+    q, k, v, *_ = c.inputs()
+
+    @jax.jit
+    def run(q, k, v, positions):
+        pattern = compound.longformer(c.T, window=20, positions=positions)
+        attend = lambda *x: compound_attention(*x, pattern, implementation="pallas")
+        o, pull = jax.vjp(attend, q, k, v)
+        return o, *pull(o)
+
+    with pallas.interpreted():
+        for x in run(q, k, v, jnp.array([[3, 200], [7, c.T]])):
+            assert np.isfinite(np.asarray(x[0], np.float32)).all()
+            assert np.isnan(np.asarray(x[1], np.float32)).all()
+
+
+def attend_to(pattern, dtype=jnp.bfloat16, features=64, **options):
+    q = jnp.zeros((1, pattern.seq_len, 2, features), dtype)
+    return compound_attention(q, q, q, pattern, **options)
+
+
+PARTS = functools.partial(CompoundPattern.from_parts, 128)
+REFUSED = {
+    "dtype": (PARTS(), {"dtype": jnp.float32}, r"takes q, k, v in one of .*got float32"),
+    "features": (PARTS(), {"features": 48}, r"takes head features H in .*got H=48"),
+    "blocks": (
+        PARTS(blocks=patterns.full(128, block=16)), {}, r"takes pattern blocks of .*got 16 x 16",
+    ),
+    "dilation": (
+        PARTS(bands=[Band(2, 2), Band(2, 2, 4)]), {}, r"takes bands of dilation 1; got \[4\]",
+    ),
+    "elements": (
+        PARTS(elements=compound.random_elements(128, keys_per_query=1)), {},
+        "has no kernel of single pairs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_kernels_cannot_do_names_what_can(name):
+    pattern, options, message = REFUSED[name]
+    with pallas.lowering(), pytest.raises(NotImplementedError, match=message + ".*'xla' runs"):
+        attend_to(pattern, **options, implementation="pallas")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_none_runs_what_covers_the_pattern(name):
+    pattern, options, _ = REFUSED[name]
+    with pallas.lowering():  # kernels would fail here, being lowered for no GPU
+        assert np.isfinite(np.asarray(attend_to(pattern, **options), np.float32)).all()
+
+
+@pytest.mark.skipif(pallas.on_hopper(), reason="the kernels do run here")
+def test_without_a_gpu_the_kernels_refuse():
+    with pytest.raises(NotImplementedError, match=r"needs an NVIDIA Hopper GPU.*'xla' runs"):
+        attend_to(PARTS(bands=[Band(2, 2)]), implementation="pallas")
