@@ -112,6 +112,8 @@ CASES = tuple(
         Case(name="f16", T=331, H=64, N=4, dtype="float16",
              make=longformer(window=90, causal=True)),
         Case(name="h96", T=331, H=96, make=longformer(window=90)),
+        Case(name="h256", T=331, H=256, B=1, K=1, own=True,
+             make=longformer(positions=POSITIONS[:1], counts=COUNTS[:1])),
         Case(name="h128", T=331, H=128, N=4, make=longformer(kept=(331, 250))),
     )
 )  # fmt: skip

@@ -36,12 +36,14 @@ def attend(q, k, v, pattern):
     return o.astype(jnp.float32).sum()
 
 
-@pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize(
-    ("features", "dtype"),
-    [(32, "bfloat16"), (64, "bfloat16"), (64, "float16"), (96, "bfloat16"), (128, "float16"),
-     (256, "bfloat16")],
-)  # fmt: skip
+MATRIX = [
+    *((name, 64, "bfloat16") for name in PATTERNS),
+    *(("padded", features, "float16") for features in (32, 96, 128)),
+    *(("everything", features, "bfloat16") for features in (32, 128, 256)),
+]
+
+
+@pytest.mark.parametrize(("name", "features", "dtype"), MATRIX)
 def test_attention_and_its_gradient_lower(name, features, dtype):
     q = jax.ShapeDtypeStruct((2, T, 4, features), dtype)
     k = jax.ShapeDtypeStruct((2, T, 2, features), dtype)
