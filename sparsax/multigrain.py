@@ -1,12 +1,14 @@
 """Attention over compound patterns: what the arguments must be, which implementation runs."""
 
+import dataclasses
+import typing
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparsax import checks, reference, xla
+from sparsax import checks, pallas, reference, xla
 from sparsax.compound import CompoundPattern
 from sparsax.typing import Implementation, Key, Query, Value
 
@@ -40,8 +42,9 @@ def compound_attention(
         k_global: keys `[B, T, K, H]` that the global rows see, by a projection of their own.
         v_global: values of the same.
         scale: factor of the logits; `1 / sqrt(H)` when None.
-        implementation: "reference" (dense, float32), "xla" (any device), or None for "xla". A
-            name runs or raises: nothing falls back.
+        implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs:
+            bands of dilation 1, columns, rows and blocks), or None for "pallas" where it covers
+            q and the pattern, else "xla". A name runs or raises: nothing falls back.
 
     Returns:
         `o [B, T, N, H]` in q's dtype. A query that keeps no key, or is padding, has o = 0 and zero
@@ -70,9 +73,10 @@ def compound_attention(
     checks.compound_fits(pattern, q, k)
     projected = q_global, k_global, v_global
     checks.global_projections(projected, pattern, q, k)
-    chosen = checks.implementation(implementation, "xla")
+    refused = pallas.compound.refusal(q, pattern)
+    chosen = checks.implementation(implementation, "xla" if refused else "pallas")
     if chosen == "pallas":
-        checks.kernel_runs("has no kernel of compound attention")
+        checks.kernel_runs(refused)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
 
     if chosen == "reference":
@@ -82,42 +86,61 @@ def compound_attention(
             q, k, v, *projected, pattern.to_mask(), places, scale=scale
         )
     else:
-        o = _sparse(q, k, v, *projected, pattern, scale)
+        call = _Call(chosen, scale, pallas.interpret() if chosen == "pallas" else None)
+        o = _sparse(call, q, k, v, *projected, pattern)
     # A factor, so that the gradients of what is invalid are NaN as well.
     poison = jnp.where(pattern.valid(), 1.0, jnp.nan).repeat(q.shape[2] // pattern.num_heads, -1)
     return (o * poison[:, None, :, None]).astype(q.dtype)
 
 
-def _sparse(q, k, v, q_global, k_global, v_global, pattern, scale):
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static part of a call, hashable for `custom_vjp`."""
+
+    implementation: Implementation
+    scale: float
+    interpret: typing.Any  # of the kernels; None on hardware
+
+    @property
+    def module(self):
+        return {"xla": xla, "pallas": pallas}[self.implementation].compound
+
+    @property
+    def static(self):
+        interpret = {"interpret": self.interpret} if self.implementation == "pallas" else {}
+        return {"scale": self.scale, **interpret}
+
+
+def _sparse(call: _Call, q, k, v, q_global, k_global, v_global, pattern):
     others = jax.tree.leaves(pattern)
     q, k, v = xla.vary_alike((q, k, v), *others)
-    o = _attend(scale, q, k, v, pattern)
+    o = _attend(call, q, k, v, pattern)
     if not pattern.rows.shape[-1]:
         return o
     if q_global is None:
         q_global, k_global, v_global = pattern.take_rows(q), k, v
-    rows = _attend_rows(scale, *xla.vary_alike((q_global, k_global, v_global), q, *others), pattern)
+    rows = _attend_rows(call, *xla.vary_alike((q_global, k_global, v_global), q, *others), pattern)
     return pattern.put_rows(o, rows)
 
 
-def _differentiable(forward, backward) -> Callable:
-    """`f(scale, q, k, v, pattern) -> o` with the gradients of `backward`."""
+def _differentiable(forward: str, backward: str) -> Callable:
+    """`f(call, q, k, v, pattern) -> o` of the named functions of an implementation."""
 
-    def run(scale, q, k, v, pattern):
-        return forward(q, k, v, pattern, scale=scale)[0]
+    def run(call, q, k, v, pattern):
+        return run_forward(call, q, k, v, pattern)[0]
 
-    def run_forward(scale, q, k, v, pattern):
-        o, lse = forward(q, k, v, pattern, scale=scale)
+    def run_forward(call, q, k, v, pattern):
+        o, lse = getattr(call.module, forward)(q, k, v, pattern, **call.static)
         return o, (q, k, v, o, lse, pattern)
 
-    def run_backward(scale, residuals, do):
+    def run_backward(call, residuals, do):
         *arrays, pattern = residuals
-        return *backward(*arrays, do, pattern, scale=scale), None
+        return *getattr(call.module, backward)(*arrays, do, pattern, **call.static), None
 
     run = jax.custom_vjp(run, nondiff_argnums=(0,))
     run.defvjp(run_forward, run_backward)
     return run
 
 
-_attend = _differentiable(xla.compound.forward, xla.compound.backward)
-_attend_rows = _differentiable(xla.compound.rows_forward, xla.compound.rows_backward)
+_attend = _differentiable("forward", "backward")
+_attend_rows = _differentiable("rows_forward", "rows_backward")

@@ -302,8 +302,3 @@ def test_refusals(name):
     options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         call(**options)
-
-
-def test_there_is_no_kernel_yet():
-    with pytest.raises(NotImplementedError, match="implementation='xla' runs this"):
-        call(implementation="pallas")

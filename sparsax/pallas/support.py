@@ -76,3 +76,12 @@ def refusal(q, block_q: int, block_kv: int) -> str | None:
     if not on_hopper():
         return f"needs an NVIDIA Hopper GPU; the default device is {jax.devices()[0].device_kind}"
     return None
+
+
+def vary(outputs, inputs):
+    """Outputs of a kernel, said to vary over the mesh axes that its inputs vary over.
+
+    Inside `jax.shard_map` a kernel's outputs come without that type, which gradients must have.
+    """
+    axes = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(inputs)))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes), to="varying"), outputs)

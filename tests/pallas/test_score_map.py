@@ -108,8 +108,8 @@ def test_wide_tiles_and_thread_blocks_of_several_maps_interpreted(monkeypatch):
     from sparsax.pallas.score_map import mean, passes
 
     # A GPU of one multiprocessor has tiles enough already.
-    monkeypatch.setattr(passes, "MULTIPROCESSORS", 1)
-    monkeypatch.setattr(mean, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(passes, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(mean, "multiprocessors", lambda: 1)
     for pool in (None, 128):
         c = Case(name="", T=200, S=300, N=4, per_head=True, masks=("causal",), pool=pool)
         with pallas.interpreted(detect_races=True):

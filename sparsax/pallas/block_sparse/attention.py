@@ -1,6 +1,5 @@
 """Block-sparse attention on Hopper tensor cores: prepares lists and vectors, runs the kernels."""
 
-import jax
 import jax.numpy as jnp
 
 from sparsax.pallas.block_sparse.combine import combine
@@ -10,8 +9,9 @@ from sparsax.pallas.block_sparse.dq import dq_kernel
 from sparsax.pallas.block_sparse.forward import forward_kernel
 from sparsax.pallas.block_sparse.problem import Problem
 from sparsax.pallas.block_sparse.schedule import Schedule, units
-from sparsax.pallas.block_sparse.tiles import ROWS, tile_lists
+from sparsax.pallas.block_sparse.tiles import ROWS, TileLists, tile_lists
 from sparsax.pallas.hopper import LOG2E
+from sparsax.pallas.support import vary
 
 LONG = 32  # lists that may take this many units of work may be worth cutting
 
@@ -22,17 +22,28 @@ def forward(
 ):  # fmt: skip
     """`(o [B, T, N, H], lse [B, N, T])`; a row that keeps nothing has o = 0 and lse = -inf."""
     problem = _problem(q, k, kv_num_blocks, q_ids, block_q, block_kv, scale, causal, window)
-    config = config or best_config(problem)
     lists = tile_lists(kv_num_blocks, kv_indices, problem.q_bounds, block_q, block_kv)
+    return run_forward(problem, lists, (q_ids, kv_ids), (), q, k, v, config, interpret)
+
+
+def run_forward(
+    problem: Problem, lists: TileLists, ids, packed, q, k, v, config: Config | None, interpret
+):
+    """`forward` over the lists of row tiles.
+
+    `ids` are those of queries and keys, `(None, None)` or what the problem's rule reads. `packed`
+    is empty or the packed keys and their values.
+    """
+    tiling = (config or best_config(problem)).forward
     schedule, table, splits = _of_queries(problem, lists)
     kernel = forward_kernel(
-        problem, schedule, lists.bits is not None, **config.forward.keywords, interpret=interpret
+        problem, schedule, lists.bits is not None, **tiling.keywords, interpret=interpret
     )
     q, k, v = (_copyable(x) for x in (q, k, v))
-    o, lse, *parts = kernel(*_operands(lists, table, q_ids, kv_ids), q, k, v)
+    o, lse, *parts = kernel(*_operands(lists, table, ids, packed), q, k, v)
     if parts:
-        o, lse = combine(schedule, splits, parts, [o, lse], interpret)
-    return _vary((o[:, : problem.T], lse[..., : problem.T] / LOG2E), (q, k, v, lists, q_ids))
+        o, lse = combine(schedule, problem.samples, splits, parts, [o, lse], interpret)
+    return vary((o[:, : problem.T], lse[..., : problem.T] / LOG2E), (q, k, v, lists, ids))
 
 
 def backward(
@@ -41,6 +52,18 @@ def backward(
 ):  # fmt: skip
     """`(dq, dk, dv)`; probabilities are computed again from `lse`, which may hold a sink."""
     problem = _problem(q, k, kv_num_blocks, q_ids, block_q, block_kv, scale, causal, window)
+    by_query = tile_lists(kv_num_blocks, kv_indices, problem.q_bounds, block_q, block_kv)
+    by_key = tile_lists(q_num_blocks, q_indices, problem.kv_bounds, block_kv, block_q)
+    return run_backward(
+        problem, by_query, by_key, (q_ids, kv_ids), (), q, k, v, o, lse, do, dlse, config, interpret
+    )
+
+
+def run_backward(
+    problem: Problem, by_query: TileLists, by_key: TileLists, ids, packed, q, k, v, o, lse, do,
+    dlse, config: Config | None, interpret,
+):  # fmt: skip
+    """`backward` over the lists of row tiles; dk and dv have `problem.kv_rows` rows."""
     config = config or best_config(problem)
     padded = ((0, 0), (0, 0), (0, -problem.T % ROWS))
     # ds = p * (dp - delta + dlse): what a row subtracts, FlashAttention-2 section 3.1.2.
@@ -51,56 +74,51 @@ def backward(
     lse = jnp.pad(lse, padded, constant_values=jnp.inf)
     vectors = *(_copyable(x) for x in (q, k, v, do)), lse, delta
 
-    lists = tile_lists(kv_num_blocks, kv_indices, problem.q_bounds, block_q, block_kv)
-    schedule, table, splits = _of_queries(problem, lists)
+    schedule, table, splits = _of_queries(problem, by_query)
     kernel = dq_kernel(
-        problem, schedule, lists.bits is not None, **config.dq.keywords, interpret=interpret
+        problem, schedule, by_query.bits is not None, **config.dq.keywords, interpret=interpret
     )
-    dq, *parts = kernel(*_operands(lists, table, q_ids, kv_ids), *vectors)
+    dq, *parts = kernel(*_operands(by_query, table, ids, packed), *vectors)
     if parts:
-        (dq,) = combine(schedule, splits, parts, [dq], interpret)
+        (dq,) = combine(schedule, problem.samples, splits, parts, [dq], interpret)
+    dk, dv = _of_keys(problem, config.dkv, by_key, ids, packed, vectors, interpret)
+    gradients = dq[:, : problem.T], dk[:, : problem.kv_rows], dv[:, : problem.kv_rows]
+    return vary(gradients, (vectors, by_query, by_key, ids))
 
-    lists = tile_lists(q_num_blocks, q_indices, problem.kv_bounds, block_kv, block_q)
-    owners = min(problem.P, problem.K)
-    work = units(jnp.maximum(lists.count, 0), block_q).reshape(owners, -1, lists.count.shape[1])
+
+def _of_keys(problem: Problem, tiling, lists: TileLists, ids, packed, vectors, interpret):
+    """`dk, dv`, split rows and all."""
+    rows, samples = lists.count.shape[1], problem.samples
+    owners = min(problem.P, problem.K)  # of one sample
+    work = units(jnp.maximum(lists.count, 0), problem.block_q).reshape(samples * owners, -1, rows)
     queries = problem.N // max(problem.P, problem.K)  # heads of a kv head that walk one list
-    longest = queries * work.shape[1] * units(lists.cols.shape[-1], block_q)
-    copies = problem.B * (problem.K // owners)
-    schedule = Schedule(owners, work.shape[2], copies, longest, split=longest >= LONG)
+    longest = queries * work.shape[1] * units(lists.cols.shape[-1], problem.block_q)
+    copies = problem.B // samples * (problem.K // owners)
+    schedule = Schedule(samples * owners, rows, copies, longest, split=longest >= LONG)
     table, splits = schedule.table(queries * work.sum(1))
-    operands = *_operands(lists, table, q_ids, kv_ids), *vectors
+    operands = *_operands(lists, table, ids, packed), *vectors
     parts = []
     for features in [(0, 128), (128, 256)] if problem.H == 256 else [None]:
         kernel = dkv_kernel(
-            problem, schedule, lists.bits is not None, **config.dkv.keywords, features=features,
+            problem, schedule, lists.bits is not None, **tiling.keywords, features=features,
             interpret=interpret,
         )  # fmt: skip
         dk, dv, *sums = kernel(*operands)
-        targets = combine(schedule, splits, sums, [dk, dv], interpret) if sums else (dk, dv)
+        targets = [dk, dv]
+        if sums:
+            targets = combine(schedule, samples, splits, sums, targets, interpret)
         parts.append(targets)
-    dk, dv = (
-        parts[0] if len(parts) == 1 else (jnp.concatenate(x, -1) for x in zip(*parts, strict=True))
-    )
-    gradients = dq[:, : problem.T], dk[:, : problem.S], dv[:, : problem.S]
-    return _vary(gradients, (vectors, lists, q_ids))
+    if len(parts) == 1:
+        return parts[0]
+    return [jnp.concatenate(x, -1) for x in zip(*parts, strict=True)]
 
 
-def _vary(outputs, inputs):
-    """Outputs of a kernel, said to vary over the mesh axes that its inputs vary over.
-
-    Inside `jax.shard_map` a kernel's outputs come without that type, which gradients must have.
-    """
-    axes = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(inputs)))
-    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes), to="varying"), outputs)
-
-
-def _of_queries(problem: Problem, lists):
+def _of_queries(problem: Problem, lists: TileLists):
     """The schedule of the forward pass and of dQ, its table and that of split rows."""
     work = units(jnp.maximum(lists.count, 0), problem.block_kv)
-    longest, copies = units(lists.cols.shape[-1], problem.block_kv), problem.B * problem.N
-    schedule = Schedule(
-        problem.P, work.shape[1], copies // problem.P, longest, split=longest >= LONG
-    )
+    longest = units(lists.cols.shape[-1], problem.block_kv)
+    copies = problem.B // problem.samples * (problem.N // problem.P)
+    schedule = Schedule(problem.owners, work.shape[1], copies, longest, split=longest >= LONG)
     return schedule, *schedule.table(work, lists.full, lists.count)
 
 
@@ -120,12 +138,12 @@ def _copyable(x):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) if x.shape[1] % 8 else x
 
 
-def _operands(lists, table, q_ids, kv_ids):
+def _operands(lists, table, ids, packed):
     operands = [table, lists.full, lists.count, lists.cols]
     operands += [] if lists.bits is None else [lists.bits]
-    if q_ids is not None:
+    if ids[0] is not None:
         # Lengths that a copy of whole tiles can read; no padded id equals another one.
-        for ids, fill in ((q_ids, -2), (kv_ids, -3)):
-            padded = ((0, 0), (0, -ids.shape[1] % ROWS))
-            operands.append(jnp.pad(ids, padded, constant_values=fill))
-    return operands
+        for each, fill in zip(ids, (-2, -3), strict=True):
+            padded = ((0, 0), (0, -each.shape[1] % ROWS))
+            operands.append(jnp.pad(each, padded, constant_values=fill))
+    return [*operands, *packed]

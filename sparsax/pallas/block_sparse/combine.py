@@ -1,5 +1,7 @@
 """The results of split rows: pieces joined in order, so that two runs give the same bits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,29 +16,30 @@ STRIP = 64  # rows joined by one warpgroup, as many as its registers hold
 LOWEST = -1e30  # finite, so that exp2(-inf - LOWEST) is 0 where -inf - -inf would be NaN
 
 
-def combine(schedule: Schedule, splits, parts, targets, interpret):
+def combine(schedule: Schedule, samples: int, splits, parts, targets, interpret):
     """`targets [B, S, K, H]` with the row tiles of split rows filled in from their pieces.
 
-    `splits [2, E]` is from `Schedule.table`, `parts` are from the kernel that wrote them: sums
-    `[part and copy, target, 128, H]`, which are added; or the outputs of softmax attention
-    `[part and copy, 1, 128, H]` and their log-sum-exps `[part and copy, 128]` in units of log 2,
-    which are averaged by weight: then the last target is the log-sum-exp `[B, K, S']` of the row.
+    `samples` is 1 where all share their lists. `splits [2, E]` is from `Schedule.table`, `parts`
+    are from the kernel that wrote them: sums `[part and copy, target, 128, H]`, which are added; or
+    the outputs of softmax attention `[part and copy, 1, 128, H]` and their log-sum-exps
+    `[part and copy, 128]` in units of log 2, which are averaged by weight: then the last target is
+    the log-sum-exp `[B, K, S']` of the row.
     """
-    sums, lses = parts if len(parts) == 2 else (*parts, None)
     (_, _, heads, features), dtype = targets[0].shape, targets[0].dtype
-    sharing, gradients = heads // schedule.owners, sums.shape[1]
-    shape = STRIP, features
+    owners = schedule.owners // samples  # of one sample
+    sharing, gradients = heads // owners, parts[0].shape[1]
+    shape, weighted = (STRIP, features), len(parts) > 1
 
     def kernel(splits, *refs, smem, lse_smem):
-        sums, *refs = refs
-        lses, refs = (refs[0], refs[1:]) if lses_given else (None, refs)
+        (sums, *lses), refs = refs[: len(parts)], refs[len(parts) :]
         nth, copy = lax.axis_index("split"), lax.axis_index("copy")
         row, more = splits[0, nth], splits[1, nth]
         begin = lax.axis_index("strip") * STRIP
         strip = pl.ds(begin, STRIP)
         at = pl.ds(lax.rem(row, jnp.int32(schedule.tiles)) * ROWS + begin, STRIP)
-        sample = copy // sharing
-        head = row // schedule.tiles * sharing + lax.rem(copy, jnp.int32(sharing))
+        owner = row // schedule.tiles
+        sample = copy // sharing + owner // owners
+        head = lax.rem(owner, jnp.int32(owners)) * sharing + lax.rem(copy, jnp.int32(sharing))
 
         def place(n):  # the first piece, then the added ones
             return jnp.where(n == 0, schedule.extra + nth, nth + n - 1) * schedule.copies + copy
@@ -47,7 +50,7 @@ def combine(schedule: Schedule, splits, parts, targets, interpret):
         def averaged():
             def join(n, carry):
                 acc, top, total = carry
-                lse = plgpu.load(lses.at[place(n), strip], layout=ROW, optimized=False)
+                lse = plgpu.load(lses[0].at[place(n), strip], layout=ROW, optimized=False)
                 new_top = jnp.maximum(top, lse)
                 decay, weight = jnp.exp2(top - new_top), jnp.exp2(lse - new_top)
                 acc = acc * per_row(decay, shape) + piece(n, 0) * per_row(weight, shape)
@@ -73,19 +76,19 @@ def combine(schedule: Schedule, splits, parts, targets, interpret):
 
         @pl.when(more > 0)
         def _():
-            averaged() if lses_given else added()
+            averaged() if weighted else added()
             plgpu.wait_smem_to_gmem(0)
 
-    lses_given = lses is not None
+    scratch: dict[str, Any] = {
+        "smem": shared((gradients, STRIP, features), dtype),
+        "lse_smem": plgpu.SMEM((STRIP,), jnp.float32) if weighted else None,
+    }
     refs = [jax.new_ref(x) for x in targets]
     grid = {"split": schedule.extra, "copy": schedule.copies, "strip": ROWS // STRIP}
     plgpu.kernel(
         kernel,
         out_type=(),
-        scratch_types={
-            "smem": shared((gradients, STRIP, features), dtype),
-            "lse_smem": plgpu.SMEM((STRIP,), jnp.float32) if lses_given else None,
-        },
+        scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         kernel_name="block_sparse_combine",

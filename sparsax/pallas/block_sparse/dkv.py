@@ -59,27 +59,31 @@ def dkv_kernel(
     interpret,
     features: tuple[int, int] | None = None,
 ):
-    """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], q, k, v, do, lse, delta)`.
+    """A function of `(table, full, count, cols, [bits], [ids], [packed], q, k, v, do, lse, delta)`.
 
-    lse and delta are as for dQ. It returns `dk, dv [B, S, K, H]`, or the given range of their
-    features alone where registers cannot hold all of them, and float32 sums of the parts of split
-    rows, `[part and copy, dk and dv, 128, H]`.
+    ids are `q_ids, kv_ids`, packed the packed keys and their values, `[B, packed, K, H]`; lse and
+    delta are as for dQ. It returns `dk, dv [B, S, K, H]`, those of packed keys behind the others,
+    or the given range of their features alone where registers cannot hold all of them, and float32
+    sums of the parts of split rows, `[part and copy, dk and dv, 128, H]`.
     """
     columns, cores = Columns(x.block_q, tile, x.kv_bounds), TensorCores(interpret is not None)
     low, high = features or (0, x.H)
     masked, gain = columns.masked(bits), x.scale * LOG2E
-    group, sharing = x.N // x.K, x.K // schedule.owners
+    # Of one sample; samples are told apart by the owner if it is one of theirs, else by the copy.
+    owners, group = schedule.owners // x.samples, x.N // x.K
+    sharing = x.K // owners
 
     def kernel(*refs, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ids_smem, out_smem,
                kv_bars, bars, turn_bars):  # fmt: skip
-        lists, (q, k, v, do, lse, delta, dk, dv, *parts) = Lists.split(refs, bits, x.ids)
+        lists, (q, k, v, do, lse, delta, dk, dv, *parts) = Lists.split(refs, bits, x)
         kv_ring, ring = Ring(kv_bars, 1), Ring(bars, stages)
         wg = lax.axis_index("wg")
 
         def where(item: Item):
             """`(sample, kv head)`."""
             shared_head = lax.rem(item.copy, jnp.int32(sharing))
-            return item.copy // sharing, item.owner * sharing + shared_head
+            kv_head = lax.rem(item.owner, jnp.int32(owners)) * sharing + shared_head
+            return item.copy // sharing + item.owner // owners, kv_head
 
         def each_head(item: Item, visit, carry):
             """`visit(walk, carry)` for the query heads of the item's kv head, in turn."""
@@ -90,8 +94,9 @@ def dkv_kernel(
                 passed, carry = state
                 head = kv_head * group + g
                 p = head // (x.N // x.P)
+                list_of = item.owner // owners * x.P + p
                 full, count = (
-                    jnp.where(there, ref[p, row], 0) for ref in (lists.full, lists.count)
+                    jnp.where(there, ref[list_of, row], 0) for ref in (lists.full, lists.count)
                 )
                 entries = jnp.maximum(count, 0)
                 work = units(entries, x.block_q)
@@ -112,10 +117,19 @@ def dkv_kernel(
                 @pl.when(item.row >= 0)
                 def _():
                     kv_ring.reserve(done)
-                    for i in range(COMPUTE):
-                        at = b, pl.ds(item.row * ROWS + i * WG_ROWS, WG_ROWS), kv_head
-                        plgpu.copy_gmem_to_smem(k.at[at], k_smem.at[i], kv_ring.filled.at[0])
-                        plgpu.copy_gmem_to_smem(v.at[at], v_smem.at[i], kv_ring.filled.at[0])
+
+                    def bring(k, v, first):
+                        for i in range(COMPUTE):
+                            at = b, pl.ds(first + i * WG_ROWS, WG_ROWS), kv_head
+                            plgpu.copy_gmem_to_smem(k.at[at], k_smem.at[i], kv_ring.filled.at[0])
+                            plgpu.copy_gmem_to_smem(v.at[at], v_smem.at[i], kv_ring.filled.at[0])
+
+                    first = item.row * ROWS
+                    if not x.packed:
+                        bring(k, v, first)
+                    else:
+                        packed = lists.k_packed, lists.v_packed, first - x.packed_from
+                        stream.either(first < x.packed_from, bring, (k, v, first), packed)
 
                 def fill_head(walk: _HeadWalk, step):
                     index, head = (walk.pattern_head, item.row), walk.head
@@ -256,7 +270,7 @@ def dkv_kernel(
             order.close()
             plgpu.wait_smem_to_gmem(0)
 
-    out = jax.ShapeDtypeStruct((x.B, -(-x.S // 8) * 8, x.K, high - low), x.dtype)
+    out = jax.ShapeDtypeStruct((x.B, -(-x.kv_rows // 8) * 8, x.K, high - low), x.dtype)
     vector = lambda dtype: plgpu.SMEM((stages, tile), dtype)
     return launch(
         kernel,

@@ -34,7 +34,7 @@ from sparsax.pallas.hopper import (
 def dq_kernel(
     x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool, interpret
 ):
-    """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], q, k, v, do, lse, delta)`.
+    """A function of `(table, full, count, cols, [bits], [ids], [packed], q, k, v, do, lse, delta)`.
 
     lse is in units of log 2 and infinite for a query that keeps nothing; both it and delta are
     `[B, N, T']`, T' padded to row tiles. It returns `dq [B, T, N, H]`, and float32 sums of the
@@ -46,7 +46,7 @@ def dq_kernel(
 
     def kernel(*refs, q_smem, do_smem, k_smem, v_smem, dq_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
-        lists, (q, k, v, do, lse, delta, dq, *parts) = Lists.split(refs, bits, x.ids)
+        lists, (q, k, v, do, lse, delta, dq, *parts) = Lists.split(refs, bits, x)
         tiles = QueryTiles(x, columns, schedule, lists)
         q_ring, k_ring, v_ring = Ring(q_bars, 1), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")

@@ -37,7 +37,9 @@ LOWEST = -1e30  # finite, so that exp2(-inf - LOWEST) is 0 where -inf - -inf wou
 def forward_kernel(
     x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool, interpret
 ):
-    """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], q, k, v)`.
+    """A function of `(table, full, count, cols, [bits], [ids], [packed], q, k, v)`.
+
+    ids are `q_ids, kv_ids`, packed the packed keys and their values, `[B, packed, K, H]`.
 
     It returns `o [B, T, N, H]` and `lse [B, N, T']` in units of log 2, T' padded to row tiles; and
     of the pieces of split rows the same in float32, `[part and copy, 128, H]` and `[.., 128]`.
@@ -49,7 +51,7 @@ def forward_kernel(
 
     def kernel(*refs, q_smem, k_smem, v_smem, o_smem, lse_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
-        lists, (q, k, v, o, lse, *parts) = Lists.split(refs, bits, x.ids)
+        lists, (q, k, v, o, lse, *parts) = Lists.split(refs, bits, x)
         tiles = QueryTiles(x, columns, schedule, lists)
         q_ring, k_ring, v_ring = Ring(q_bars, 1), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")

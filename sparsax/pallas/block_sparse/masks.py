@@ -28,7 +28,9 @@ def pieces(columns: Columns, cols_ref, bits_ref, index, count, tile, row_in_tile
             word = lax.shift_right_logical(
                 bits_ref[(*index, entry)], jnp.int32(row_in_tile // block_row)
             )
-            if block_row >= WG_ROWS:  # one bit speaks for all rows of the warpgroup
+            if (
+                block_row >= WG_ROWS and columns.bounds.rule is None
+            ):  # one bit speaks for all rows of the warpgroup
                 there &= (word & 1) == 1
         starts.append(jnp.where(there, start, NOWHERE))
         words.append(word)
@@ -51,9 +53,15 @@ def keep(columns: Columns, found, first_row, block_row: int, ids: tuple[Any, Any
         kept &= gap >= -bounds.before
     if bounds.after is not None:
         kept &= gap <= bounds.after
-    if block_row < WG_ROWS:
+    listed = None
+    if block_row < WG_ROWS or (bounds.rule is not None and bounds.rule.blocks):
         word = _select(lane, words, columns.width)
-        kept &= (lax.shift_right_logical(word, row // block_row) & 1) == 1
+        if block_row < WG_ROWS:
+            word = lax.shift_right_logical(word, row // block_row)
+        listed = (word & 1) == 1
+    if bounds.rule is not None:
+        return kept & bounds.rule.keep(*ids, listed, shape)
+    kept = kept if listed is None else kept & listed
     if ids is not None:
         rows, cols = ids
         kept &= per_row(rows, shape) == per_col(cols, shape)

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
+from sparsax.pallas.block_sparse.places import Rule
 from sparsax.pallas.block_sparse.tiles import ROWS, Bounds
 
 
@@ -26,16 +27,40 @@ class Problem:
     left: int | None
     right: int | None
     ids: bool
+    rule: Rule | None = None  # what the ids are, if not ids
+    samples: int = 1  # B where every sample has counts of its own
+    packed: int = 0  # keys packed behind the sequence, whole row tiles
+
+    @property
+    def packed_from(self) -> int:
+        """Position of the first packed key."""
+        return -(-self.S // ROWS) * ROWS
+
+    @property
+    def kv_rows(self) -> int:
+        """Positions of keys."""
+        return self.packed_from + self.packed if self.packed else self.S
+
+    @property
+    def owners(self) -> int:
+        """Pattern heads of all samples with counts of their own: where there are lists to walk."""
+        return self.samples * self.P
 
     @property
     def q_bounds(self) -> Bounds:
         """Rows are queries, columns keys."""
-        return Bounds(self.T, self.S, self.left, self.right, mask_tail=True, ids=self.ids)
+        return Bounds(
+            self.T, self.kv_rows, self.left, self.right, mask_tail=True, ids=self.ids,
+            rule=self.rule,
+        )  # fmt: skip
 
     @property
     def kv_bounds(self) -> Bounds:
         """Rows are keys, columns queries, whose tail has probability 0 and so needs no mask."""
-        return Bounds(self.S, self.T, self.right, self.left, mask_tail=False, ids=self.ids)
+        rule = self.rule and dataclasses.replace(self.rule, keys_in_rows=True)
+        return Bounds(
+            self.kv_rows, self.T, self.right, self.left, mask_tail=False, ids=self.ids, rule=rule
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,14 +29,17 @@ class Lists:
     bits: Any
     q_ids: Any
     kv_ids: Any
+    k_packed: Any
+    v_packed: Any
 
     @classmethod
-    def split(cls, refs, bits: bool, ids: bool):
+    def split(cls, refs, bits: bool, x: Problem):
         """The lists, and the operands that follow them."""
         table, full, count, cols, *rest = refs
         bits_ref = rest.pop(0) if bits else None
-        pair = (rest.pop(0), rest.pop(0)) if ids else (None, None)
-        return cls(table, full, count, cols, bits_ref, *pair), rest
+        ids = (rest.pop(0), rest.pop(0)) if x.ids else (None, None)
+        packed = (rest.pop(0), rest.pop(0)) if x.packed else (None, None)
+        return cls(table, full, count, cols, bits_ref, *ids, *packed), rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +81,14 @@ class QueryTiles:
         """The row tile that an item of the schedule means."""
         x = self.problem
         sharing = x.N // x.P
-        head = item.owner * sharing + lax.rem(item.copy, jnp.int32(sharing))
-        sample, kv_head = item.copy // sharing, head // (x.N // x.K)
+        p = lax.rem(item.owner, jnp.int32(x.P))
+        head = p * sharing + lax.rem(item.copy, jnp.int32(sharing))
+        # Samples are told apart by the owner if it is one of theirs, else by the copy.
+        sample, kv_head = item.copy // sharing + item.owner // x.P, head // (x.N // x.K)
         full, count = item.extra
         first, last = self.columns.span(item.first, item.last, jnp.maximum(count, 0))
         place = jnp.where(item.part >= 0, item.part * self.schedule.copies + item.copy, -1)
-        return QueryTile(
-            item.row, item.owner, sample, head, kv_head, first, last, place, full, count
-        )
+        return QueryTile(item.row, p, sample, head, kv_head, first, last, place, full, count)
 
     def each(self, visit, carry):
         """`visit(tile, carry)` for the thread block's tiles in turn."""
@@ -95,7 +98,7 @@ class QueryTiles:
 
     def copy(self, of_rows, rows_ring: Ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring):
         """The copying warpgroup: `of_rows` (arrays and space) once a tile, then keys and values."""
-        columns, cols = self.columns, self.lists.cols
+        x, columns, lists, cols = self.problem, self.columns, self.lists, self.lists.cols
 
         def fill_tile(work: QueryTile, carry):
             done, begun = carry
@@ -115,15 +118,20 @@ class QueryTiles:
                 step = begun + t - work.first
                 slot = k_ring.slot(step)
                 begins = stream.starts(columns, cols, (work.pattern_head, r), count, t)
-                bring = lambda source, smem, ring: stream.copy(
-                    columns, begins, source, smem.at[slot], ring.filled.at[slot]
-                )
+                of_head = lambda y: None if y is None else lambda rows: y.at[b, rows, kv_head]
+
+                def bring(source, smem, ring, packed=None):
+                    filled = ring.filled.at[slot]
+                    stream.copy(
+                        columns, begins, source, smem.at[slot], filled, packed, x.packed_from
+                    )
+
                 k_ring.reserve(step)
-                bring(lambda rows: k.at[b, rows, kv_head], k_smem, k_ring)
+                bring(of_head(k), k_smem, k_ring, of_head(lists.k_packed))
                 if ids_smem is not None:
-                    bring(lambda rows: self.lists.kv_ids.at[b, rows], ids_smem, k_ring)
+                    bring(lambda rows: lists.kv_ids.at[b, rows], ids_smem, k_ring)
                 v_ring.reserve(step)
-                bring(lambda rows: v.at[b, rows, kv_head], v_smem, v_ring)
+                bring(of_head(v), v_smem, v_ring, of_head(lists.v_packed))
 
             lax.fori_loop(work.first, work.last, fill, None)
             return done + jnp.where(work.there, 1, 0), begun + work.steps

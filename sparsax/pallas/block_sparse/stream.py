@@ -19,11 +19,27 @@ def starts(columns: Columns, cols_ref, index, count, tile) -> list[Any]:
     ]
 
 
-def copy(columns: Columns, begins, source, slot_ref, filled) -> None:
-    """Starts the copies of a tile's pieces; `source` gives the memory of a run of columns."""
+def copy(columns: Columns, begins, source, slot_ref, filled, packed=None, packed_from=0) -> None:
+    """Starts the copies of a tile's pieces; `source` gives the memory of a run of columns.
+
+    With `packed`, that gives the memory of those from position `packed_from` on.
+    """
     for piece, begin in enumerate(begins):
         part = slot_ref.at[pl.ds(piece * columns.width, columns.width)]
-        plgpu.copy_gmem_to_smem(source(pl.ds(begin, columns.width)), part, filled)
+
+        def bring(source, begin, part=part):
+            plgpu.copy_gmem_to_smem(source(pl.ds(begin, columns.width)), part, filled)
+
+        if packed is None:
+            bring(source, begin)
+        else:
+            either(begin < packed_from, bring, (source, begin), (packed, begin - packed_from))
+
+
+def either(condition, run, then, otherwise) -> None:
+    """`run(*then)` if a scalar of the kernel is true, else `run(*otherwise)`."""
+    pl.when(condition)(lambda: run(*then))
+    pl.when(jnp.logical_not(condition))(lambda: run(*otherwise))
 
 
 def walk(full, last, columns: Columns, masked: bool, first, visit, carry):

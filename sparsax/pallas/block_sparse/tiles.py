@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from sparsax.layouts import INVALID
+from sparsax.pallas.block_sparse.places import Rule
 
 ROWS = 128  # two warpgroups of 64 rows, the M of a Hopper matrix instruction
 
@@ -23,14 +24,14 @@ class TileLists:
     """Column blocks of every row tile of every pattern head, those that need no mask first.
 
     Attributes:
-        full: leading entries in which every pair attends, `[P, R]`.
-        count: entries of the list; `INVALID` where the pattern is not to be used, `[P, R]`.
+        full: leading entries in which every pair attends, `[A, R]`: A is P, or P of every sample.
+        count: entries of the list; `INVALID` where the pattern is not to be used, `[A, R]`.
         cols: column blocks `[P, R, C]`.
         bits: which row blocks of the tile list the column, `[P, R, C]`; None if it is always all.
     """
 
-    full: Int[Array, "P R"]
-    count: Int[Array, "P R"]
+    full: Int[Array, "A R"]
+    count: Int[Array, "A R"]
     cols: Int[Array, "P R C"]
     bits: Int[Array, "P R C"] | None
 
@@ -45,7 +46,8 @@ class Bounds:
         before: farthest column before the row's own index; None for no limit.
         after: farthest column after it; None for no limit.
         mask_tail: False where positions past `cols` cannot contribute anyhow.
-        ids: rows and columns also carry ids that must be equal.
+        ids: rows and columns also carry ids that must be equal, or what `rule` reads.
+        rule: what says instead of bits and ids which pairs attend.
     """
 
     rows: int
@@ -54,6 +56,7 @@ class Bounds:
     after: int | None
     mask_tail: bool
     ids: bool
+    rule: Rule | None = None
 
     def partial(self, block_col: int) -> bool:
         """Whether any pair of blocks may need a mask at all."""

@@ -98,7 +98,6 @@ def lse_kernel(x: Problem, interpret):
                 return new_top, total * jnp.exp2(top - new_top) + weights
 
             carry = full((WG_ROWS,), LOWEST, ROW), zeros((WG_ROWS,), ROW)
-            settle = lambda carry: (carry[1], ROW)
             top, total = scores.each_tile(
                 cores,
                 ring,
@@ -107,7 +106,6 @@ def lse_kernel(x: Problem, interpret):
                 operands,
                 prepare,
                 use,
-                settle,
                 carry,
                 whole if masked else None,
             )

@@ -9,7 +9,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.block_sparse.problem import Problem
-from sparsax.pallas.block_sparse.schedule import MULTIPROCESSORS
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.grouped_matmul.product import raster
 from sparsax.pallas.hopper import (
@@ -22,6 +21,7 @@ from sparsax.pallas.hopper import (
     Ring,
     TensorCores,
     launch,
+    multiprocessors,
     per_col,
     per_row,
     shared,
@@ -115,10 +115,7 @@ def mean_kernel(x: Problem, chunk: int | None, interpret):
                     return finish
 
                 use = lambda s, total: total + jnp.exp2(s)
-                settle = lambda total: (total, MATRIX)
-                return scores.each_tile(
-                    cores, ring, begun, steps, operands, prepare, use, settle, nothing
-                )
+                return scores.each_tile(cores, ring, begun, steps, operands, prepare, use, nothing)
 
             def one_map(nth, _):
                 p = lax.cond(steps > 0, total, lambda _: nothing, nth)
@@ -169,4 +166,4 @@ def _maps_of_a_block(maps: int, tiles: int) -> int:
     As many as leave every multiprocessor several thread blocks, which evens their ends out.
     """
     enough = (n for n in range(maps, 0, -1) if maps % n == 0)
-    return next((n for n in enough if tiles * (maps // n) >= 4 * MULTIPROCESSORS), 1)
+    return next((n for n in enough if tiles * (maps // n) >= 4 * multiprocessors()), 1)

@@ -5,13 +5,12 @@ import math
 import jax.numpy as jnp
 
 from sparsax.layouts import block_sizes
-from sparsax.pallas.block_sparse.attention import _vary as vary
 from sparsax.pallas.block_sparse.problem import Problem
-from sparsax.pallas.block_sparse.schedule import MULTIPROCESSORS
 from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.hopper import multiprocessors
 from sparsax.pallas.score_map.lse import lse_kernel
 from sparsax.pallas.score_map.mean import mean_kernel
-from sparsax.pallas.support import refusal
+from sparsax.pallas.support import refusal, vary
 
 UNIT = 8  # keys: the least that a matrix in registers can be cut into
 
@@ -56,7 +55,7 @@ def score_map_refusal(q, pool: int | None) -> str | None:
 
 def _tile(features: int, maps: int, q_len: int, kv_len: int) -> int:
     """Keys of an output tile: 128, but 64 where memory or the number of tiles is short."""
-    few = maps * -(-q_len // ROWS) * -(-kv_len // 128) < MULTIPROCESSORS
+    few = maps * -(-q_len // ROWS) * -(-kv_len // 128) < multiprocessors()
     return 64 if few or features == 256 else 128
 
 

@@ -52,15 +52,13 @@ def each_tile(
     operands: Callable[[Any], tuple[Any, Any]],
     prepare: Callable[[Any, bool], Callable[..., jax.Array]],
     use: Callable[..., Any],
-    settle: Callable[[Any], tuple[jax.Array, Any]],
     carry,
     whole: Any = None,
 ):
     """`carry = use(scores of the step, carry)` for at least one step, from `begun` in the ring.
 
-    While the tensor cores multiply the tile of a step, the warpgroup uses the one before it:
-    `settle(carry)` names what of that must not wait, and its layout. `operands(step)` are the two
-    factors in shared memory. `prepare(step, partial)` reads early what takes long, and returns
+    While the tensor cores multiply the tile of a step, the warpgroup uses the one before it.
+    `operands(step)` are the two factors in shared memory. `prepare(step, partial)` reads early what takes long, and returns
     `finish`; `finish(get)` makes scores of the product that `get()` waits for. Of so many `whole`
     tiles none but the first is called partial; None: no tile is.
     """
@@ -81,12 +79,7 @@ def each_tile(
     def advance(step, state, partial=False):
         s, carry = state
 
-        def use_last():
-            new = use(s, carry)
-            cores.settle(*settle(new))
-            return new
-
-        return start(step, partial, use_last)
+        return start(step, partial, lambda: use(s, carry))
 
     state = start(jnp.int32(0), whole is not None, lambda: carry)
     end = steps if whole is None else jnp.clip(whole, 1, steps)

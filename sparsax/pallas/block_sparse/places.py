@@ -1,0 +1,61 @@
+"""Which pairs attend by the places of query and key in the sequence, where places are data.
+
+A kernel with a `Rule` reads, in place of ids, the place of every query and a mark of every key: its
+place and what it is. Keys may stand twice, as themselves and packed behind the sequence together
+with other keys that all queries see; every pair then belongs to one of the two.
+"""
+
+import dataclasses
+from typing import Any
+
+from sparsax.pallas.hopper import per_col, per_row
+
+STRIDE = 1 << 26  # more than there are places
+TAKEN = STRIDE  # added to the place of a key that is packed as well
+PACKED = 2 * STRIDE  # added to the place of a packed key
+NOWHERE = TAKEN + STRIDE - 1  # the mark of a key that no query sees
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The pairs that attend: those of the bands, of listed blocks, and with packed keys.
+
+    Attributes:
+        bands: `(left, right)` of each: key places `q - left` to `q + right`.
+        causal: whether a query sees only its own place and below.
+        packed: whether there are packed keys; they stand for what no band holds.
+        blocks: whether the bits of a list say which pairs are of listed blocks, and then attend
+            unless their key is packed.
+        keys_in_rows: whether the rows of a tile are keys, as for dK and dV.
+    """
+
+    bands: tuple[tuple[int, int], ...]
+    causal: bool
+    packed: bool
+    blocks: bool
+    keys_in_rows: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether no pair attends: there is nothing to run."""
+        return not (self.bands or self.packed or self.blocks)
+
+    def keep(self, rows, cols, listed, shape: tuple[int, ...]):
+        """Boolean matrix of the pairs that attend, from the vectors of its rows and columns."""
+        along_q, along_k = (per_col, per_row) if self.keys_in_rows else (per_row, per_col)
+        places, marks = (cols, rows) if self.keys_in_rows else (rows, cols)
+        gap = along_k(marks & (STRIDE - 1), shape) - along_q(places, shape)
+        marks = along_k(marks, shape)
+        kept: Any = None
+        for left, right in self.bands:
+            band = (gap >= -left) & (gap <= right)
+            kept = band if kept is None else kept | band
+        if self.packed:
+            packed = marks >= PACKED
+            kept = packed if kept is None else kept ^ packed
+        if self.blocks:
+            listed &= marks < TAKEN
+            kept = listed if kept is None else kept | listed
+        if self.causal:
+            kept &= gap <= 0
+        return kept

@@ -1,0 +1,57 @@
+"""Attention over a compound pattern but for its global rows, and what the kernels refuse."""
+
+import jax.numpy as jnp
+
+from sparsax.compound import CompoundPattern
+from sparsax.pallas import support
+from sparsax.pallas.block_sparse.attention import run_backward, run_forward
+from sparsax.pallas.block_sparse.places import STRIDE
+from sparsax.pallas.compound.keys import BLOCK, Keys, problem_of
+from sparsax.pallas.compound.lists import key_lists, query_lists
+
+
+def refusal(q, pattern: CompoundPattern) -> str | None:
+    """Why the kernels cannot take these queries and this pattern; None if they can."""
+    if pattern.elements is not None:
+        return "has no kernel of single pairs (the pattern's elements)"
+    dilated = [band.dilation for band in pattern.bands if band.dilation > 1]
+    if dilated:
+        return f"takes bands of dilation 1; got {dilated}"
+    if pattern.seq_len >= STRIDE // 2:
+        return f"takes lengths below {STRIDE // 2}; got {pattern.seq_len}"
+    blocks = pattern.blocks
+    sizes = (BLOCK, BLOCK) if blocks is None else (blocks.block_q, blocks.block_kv)
+    return support.refusal(q, *sizes)
+
+
+def forward(q, k, v, pattern: CompoundPattern, *, scale: float, interpret=None):
+    """`(o [B, T, N, H], lse [B, N, T])`; padded rows have o = 0 and lse = -inf.
+
+    Global rows get what an ordinary row would, to be replaced by what `rows_forward` computes.
+    """
+    problem = problem_of(q, k, pattern, scale)
+    if problem.rule.empty:
+        nothing = jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)
+        return jnp.zeros_like(q), nothing.swapaxes(1, 2)
+    keys = Keys(problem, pattern)
+    o, lse = run_forward(
+        problem, query_lists(keys), keys.places, keys.pack(k, v), q, k, v, None, interpret
+    )
+    if pattern.token_mask is not None:  # whole tiles ask nobody
+        real = pattern.token_mask
+        o = jnp.where(real[:, :, None, None], o, 0)
+        lse = jnp.where(real[:, None], lse, -jnp.inf)
+    return o, lse
+
+
+def backward(q, k, v, o, lse, do, pattern: CompoundPattern, *, scale: float, interpret=None):
+    """`(dq, dk, dv)`; rows with lse = -inf have no part in it."""
+    problem = problem_of(q, k, pattern, scale)
+    if problem.rule.empty:
+        return tuple(jnp.zeros_like(x) for x in (q, k, v))
+    keys = Keys(problem, pattern)
+    dq, dk, dv = run_backward(
+        problem, query_lists(keys), key_lists(keys), keys.places, keys.pack(k, v), q, k, v, o, lse,
+        do, 0.0, None, interpret,
+    )  # fmt: skip
+    return dq, keys.unpack(dk), keys.unpack(dv)

@@ -1,0 +1,89 @@
+"""The keys of a compound pattern: which are packed behind the sequence, and the mark of each."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sparsax.compound import CompoundPattern, slots
+from sparsax.pallas.block_sparse.places import NOWHERE, PACKED, STRIDE, TAKEN, Rule
+from sparsax.pallas.block_sparse.problem import Problem
+from sparsax.pallas.block_sparse.tiles import ROWS
+
+BLOCK = 64  # columns of a list's entries, unless the pattern's blocks say otherwise
+
+
+def problem_of(q, k, pattern: CompoundPattern, scale: float) -> Problem:
+    """What the kernels of this pattern are built for."""
+    (batch, length, heads, features), kv_heads = q.shape, k.shape[2]
+    blocks, capacity = pattern.blocks, pattern.columns.shape[-1]
+    bands = tuple((band.left, band.right) for band in pattern.bands)
+    masked = 1 if pattern.token_mask is None else len(pattern.token_mask)
+    return Problem(
+        batch, length, length, heads, kv_heads, features,
+        1 if blocks is None else blocks.num_heads, q.dtype,
+        BLOCK if blocks is None else blocks.block_q, BLOCK if blocks is None else blocks.block_kv,
+        scale, None, None, ids=True,
+        rule=Rule(bands, pattern.causal, packed=capacity > 0, blocks=blocks is not None),
+        samples=max(len(pattern.columns), masked), packed=-(-capacity // ROWS) * ROWS,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The packed keys of every sample: `slots [B, packed]`, `T` and beyond where unused."""
+
+    problem: Problem
+    pattern: CompoundPattern
+
+    @property
+    def slots(self):
+        """Where in the sequence the packed keys stand, `[samples, packed]`."""
+        x, columns = self.problem, self.pattern.columns
+        found = slots(columns, self.pattern.num_columns, x.T, x.samples)
+        unused = ((0, 0), (0, x.packed - columns.shape[-1]))
+        return jnp.pad(found, unused, constant_values=x.T)
+
+    @property
+    def places(self):
+        """What the rule reads: places of queries `[B, T]` and marks of keys `[B, kv_rows]`."""
+        x = self.problem
+        tokens = jnp.arange(x.T, dtype=jnp.int32)
+        marks = jnp.broadcast_to(tokens, (x.samples, x.T))
+        if x.packed:
+            if x.rule.blocks:
+                marks = jnp.where(self.pattern.is_column(), tokens + TAKEN, marks)
+            marks = jnp.pad(marks, ((0, 0), (0, x.packed_from - x.T)), constant_values=NOWHERE)
+            packed = jnp.where(self.slots < x.T, PACKED + self.slots, NOWHERE)
+            marks = jnp.concatenate([marks, packed], 1)
+        if self.pattern.token_mask is not None:
+            # A mark's place says which token it is, and NOWHERE's is outside of every sequence.
+            real = lambda i, m: m.at[i & (STRIDE - 1)].get(mode="fill", fill_value=False)
+            mask = jnp.broadcast_to(self.pattern.token_mask, (x.samples, x.T))
+            marks = jnp.where(jax.vmap(real)(marks, mask), marks, NOWHERE)
+        spread = lambda y: jnp.broadcast_to(y, (x.B, y.shape[-1]))
+        return spread(tokens[None]), spread(marks)
+
+    def pack(self, *arrays):
+        """What the arrays `[B, T, K, H]` hold at the packed keys, zeros where there is none."""
+        if not self.problem.packed:
+            return ()
+        take = lambda x, i: x.at[i].get(mode="fill", fill_value=0)
+        at = jnp.broadcast_to(self.slots, (self.problem.B, self.problem.packed))
+        return tuple(jax.vmap(take)(x, at) for x in arrays)
+
+    def unpack(self, x):
+        """Gradients `[B, kv_rows, K, H]` as `[B, T, K, H]`: each token adds that of its copy.
+
+        Tokens read, rather than copies writing: one pass without atomics.
+        """
+        own = x[:, : self.problem.T]
+        if not self.problem.packed:
+            return own
+        chosen = self.pattern.is_column()
+        copy = self.problem.packed_from + jnp.maximum(jnp.cumsum(chosen, 1) - 1, 0)
+        shape = self.problem.B, self.problem.T
+        chosen, copy = jnp.broadcast_to(chosen, shape), jnp.broadcast_to(copy, shape)
+        found = jax.vmap(lambda x, i: x[i])(x, copy).astype(jnp.float32)
+        found = jnp.where(chosen[..., None, None], found, 0.0)
+        return (own.astype(jnp.float32) + found).astype(x.dtype)

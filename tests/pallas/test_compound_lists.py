@@ -1,0 +1,74 @@
+"""What the lists and the rule of compound attention admit, pair by pair, without a kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.compound.keys import Keys, problem_of
+from sparsax.pallas.compound.lists import key_lists, query_lists
+from tests.pallas.compound_cases import CASES
+
+
+def admitted(c, keys_in_rows):
+    """How often each pair is computed, `[B, N, T, T]`, as the kernels walk and mask the lists."""
+    q, k, *_ = c.inputs()
+    pattern = c.pattern()
+    keys = Keys(problem_of(q, k, pattern, 1.0), pattern)
+    x = keys.problem
+    lists = (key_lists if keys_in_rows else query_lists)(keys)
+    full, count, cols, bits = (None if a is None else np.asarray(a) for a in jax.tree.leaves(
+        lists, is_leaf=lambda a: a is None))  # fmt: skip
+    bounds = x.kv_bounds if keys_in_rows else x.q_bounds
+    block_row, block_col = (x.block_kv, x.block_q) if keys_in_rows else (x.block_q, x.block_kv)
+    along_row, along_col = reversed(keys.places) if keys_in_rows else keys.places
+    pad = lambda y, fill: np.pad(y, ((0, 0), (0, 256)), constant_values=fill)
+    along_row, along_col = pad(along_row, -2), pad(along_col, -3)
+    where = np.asarray(keys.slots)
+    found = np.zeros((x.B, x.N, 2 * x.T + x.kv_rows + 512, x.kv_rows + 512), int)
+    for b, n, r in np.ndindex(x.B, x.N, count.shape[1]):
+        p = n // (x.N // x.P)
+        own = (b if x.samples > 1 else 0) * x.P + p
+        for entry in range(count[own, r]):
+            first = cols[p, r, entry] * block_col
+            row, col = slice(r * ROWS, (r + 1) * ROWS), slice(first, first + block_col)
+            kept = np.ones((ROWS, block_col), bool)
+            if entry >= full[own, r]:
+                listed = None
+                if bits is not None:
+                    word = bits[p, r, entry] >> (np.arange(ROWS) // block_row)
+                    listed = jnp.broadcast_to(((word & 1) == 1)[:, None], kept.shape)
+                kept = np.asarray(bounds.rule.keep(
+                    jnp.asarray(along_row[b, row]), jnp.asarray(along_col[b, col]), listed,
+                    kept.shape))  # fmt: skip
+            at = found[b, n]
+            if keys_in_rows:
+                at[col, row] += kept.T
+            else:
+                at[row, col] += kept
+    total = found[:, :, : x.T, : x.T].copy()
+    for b in range(x.B if x.packed else 0):
+        sample = b if x.samples > 1 else 0
+        used = int(pattern.num_columns[min(b, len(pattern.num_columns) - 1)])
+        for i in range(x.packed):
+            column = found[b, :, : x.T, x.packed_from + i]
+            if i < used:
+                total[b, :, :, where[sample, i]] += column
+            else:
+                assert not column.any()
+    if pattern.token_mask is not None:  # whole tiles ask no query, see attention.forward
+        total *= np.asarray(pattern.token_mask)[:, None, :, None]
+    return total, pattern
+
+
+@pytest.mark.parametrize("keys_in_rows", [False, True])
+@pytest.mark.parametrize("c", [c for c in CASES if c.T < 1000], ids=lambda c: c.name)
+def test_every_pair_is_computed_once(c, keys_in_rows):
+    total, pattern = admitted(c, keys_in_rows)
+    masks = {name: mask for name, mask in pattern.part_masks().items() if name != "rows"}
+    want = np.zeros((1, 1, c.T, c.T), bool)
+    for mask in masks.values():
+        want = want | np.asarray(mask)
+    want = np.repeat(want, c.N // want.shape[1], 1)
+    np.testing.assert_array_equal(total, np.broadcast_to(want, total.shape).astype(int))

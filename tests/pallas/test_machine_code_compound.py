@@ -1,0 +1,32 @@
+"""What the assembler makes of compound attention: no serialised products, no new spills."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pallas.test_machine_code import SERIALISED, SPILL
+from tests.pallas.test_machine_code import pytestmark as pytestmark
+
+# Bytes that the kernels of a head dim may spill, around the arithmetic of the mask; 0 where nothing
+# is said.
+SPILLS = {64: {"dq": 28, "dkv": 120}, 128: {"dkv": 76}}
+
+
+@pytest.mark.parametrize("pattern", ["longformer", "causal", "blocks"])
+@pytest.mark.parametrize("features", [32, 64, 96, 128])
+def test_products_overlap_and_registers_do_not_spill(features, pattern):
+    module, root = "tests.pallas.compile_compound", Path(__file__).parents[2]
+    command = [sys.executable, "-m", module, str(features), pattern]
+    run = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=300, check=False
+    )
+    said = run.stdout + run.stderr
+    assert run.returncode == 0, said[-2000:]
+    kernels = set(re.findall(r"Function properties for block_sparse_(\w+?)_mosaic", said))
+    assert kernels == {"forward", "dq", "dkv", "combine"}
+    assert not SERIALISED.search(said)
+    for kernel, spilled in SPILL.findall(said):
+        assert int(spilled) <= SPILLS.get(features, {}).get(kernel, 0), kernel
