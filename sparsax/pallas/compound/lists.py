@@ -12,7 +12,7 @@ import numpy as np
 from sparsax.compound import CompoundPattern
 from sparsax.pallas.block_sparse.problem import Problem
 from sparsax.pallas.block_sparse.tiles import ROWS, TileLists
-from sparsax.pallas.compound.keys import Keys
+from sparsax.pallas.compound.keys import Keys, mark_invalid
 
 
 class _Cover(NamedTuple):
@@ -42,7 +42,7 @@ def query_lists(keys: Keys) -> TileLists:
     count = lists.count[None] + seen.sum(-1)[:, None]
     if pattern.token_mask is not None:
         count = jnp.where(_some(pattern.token_mask, ROWS)[:, None], count, 0)
-    return _per_sample(x, full, count, lists.cols, lists.bits)
+    return _per_sample(keys, full, count, lists.cols, lists.bits)
 
 
 def key_lists(keys: Keys) -> TileLists:
@@ -55,7 +55,7 @@ def key_lists(keys: Keys) -> TileLists:
     if pattern.token_mask is not None:
         count = jnp.where(_some(pattern.token_mask, ROWS)[:, None], count, 0)
     found = full, count, lists.cols, lists.bits
-    return _per_sample(x, *(_with_packed(keys, *found) if x.packed else found))
+    return _per_sample(keys, *(_with_packed(keys, *found) if x.packed else found))
 
 
 def _with_packed(keys: Keys, full, count, cols, bits):
@@ -78,7 +78,9 @@ def _with_packed(keys: Keys, full, count, cols, bits):
     return join(full, 0), join(count, seen[:, None]), cols, bits
 
 
-def _per_sample(x: Problem, full, count, cols, bits) -> TileLists:
+def _per_sample(keys: Keys, full, count, cols, bits) -> TileLists:
+    x = keys.problem
+    count = mark_invalid(keys.pattern, count)
     flat = lambda y: jnp.broadcast_to(y, (x.samples, x.P, y.shape[-1])).reshape(x.owners, -1)
     int32 = lambda y: None if y is None else jnp.asarray(y, jnp.int32)
     return TileLists(*(int32(y) for y in (flat(full), flat(count), cols, bits)))
