@@ -14,11 +14,12 @@ from tests.helpers import assert_near
 from tests.pallas.compound_cases import CASES, case
 
 NAMES = ("q_global", "k_global", "v_global")
-# Interpreting a case takes seconds to a minute; these few meet every feature between them.
-INTERPRETED = (
-    "window_causal", "one_token", "vertical_slash", "columns_shared_causal", "rows_causal",
-    "longformer_padded_own", "all_selected", "no_part", "everything_per_kv_head",
-)  # fmt: skip
+# Interpreting a case takes seconds; `test_compound_lists` says of all of them which pairs are kept.
+INTERPRETED = ("window_causal", "one_token", "columns_shared_causal", "rows_causal", "no_part")
+SLOW = ("vertical_slash", "longformer_padded_own", "all_selected", "everything_per_kv_head")
+BY_NAME = pytest.mark.parametrize(
+    "name", [*INTERPRETED, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 
 
 def value_and_gradients(c, implementation, dtype):
@@ -51,7 +52,7 @@ def check(c):
     return o, gradients
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
+@BY_NAME
 def test_interpreted_kernels_match_the_reference_without_races(name):
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # no public way
 
@@ -68,6 +69,7 @@ def test_kernels_match_the_reference_and_repeat_their_bits(c):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
+@pytest.mark.slow
 def test_split_rows_of_packed_keys_add_up_interpreted(monkeypatch):
     # On a GPU this small the rows of packed keys are long in every sample: they are cut.
     monkeypatch.setattr(schedule, "multiprocessors", lambda: 3)

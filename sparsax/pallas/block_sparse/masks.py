@@ -28,9 +28,8 @@ def pieces(columns: Columns, cols_ref, bits_ref, index, count, tile, row_in_tile
             word = lax.shift_right_logical(
                 bits_ref[(*index, entry)], jnp.int32(row_in_tile // block_row)
             )
-            if (
-                block_row >= WG_ROWS and columns.bounds.rule is None
-            ):  # one bit speaks for all rows of the warpgroup
+            # One bit speaks for all rows of the warpgroup, unless a rule asks for it.
+            if block_row >= WG_ROWS and columns.bounds.rule is None:
                 there &= (word & 1) == 1
         starts.append(jnp.where(there, start, NOWHERE))
         words.append(word)
@@ -59,11 +58,13 @@ def keep(columns: Columns, found, first_row, block_row: int, ids: tuple[Any, Any
         if block_row < WG_ROWS:
             word = lax.shift_right_logical(word, row // block_row)
         listed = (word & 1) == 1
+    rows: Any
+    cols: Any
+    rows, cols = ids or (None, None)
     if bounds.rule is not None:
-        return kept & bounds.rule.keep(*ids, listed, shape)
+        return kept & bounds.rule.keep(rows, cols, listed, shape)
     kept = kept if listed is None else kept & listed
-    if ids is not None:
-        rows, cols = ids
+    if rows is not None:
         kept &= per_row(rows, shape) == per_col(cols, shape)
     return kept
 

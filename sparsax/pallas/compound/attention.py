@@ -6,7 +6,7 @@ from sparsax.compound import CompoundPattern
 from sparsax.pallas import support
 from sparsax.pallas.block_sparse.attention import run_backward, run_forward
 from sparsax.pallas.block_sparse.places import STRIDE
-from sparsax.pallas.compound.keys import BLOCK, Keys, problem_of
+from sparsax.pallas.compound.keys import BLOCK, Keys, poison, problem_of, rule_of
 from sparsax.pallas.compound.lists import key_lists, query_lists
 
 
@@ -30,28 +30,33 @@ def forward(q, k, v, pattern: CompoundPattern, *, scale: float, interpret=None):
     Global rows get what an ordinary row would, to be replaced by what `rows_forward` computes.
     """
     problem = problem_of(q, k, pattern, scale)
-    if problem.rule.empty:
+    if rule_of(pattern).empty:
         nothing = jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)
-        return jnp.zeros_like(q), nothing.swapaxes(1, 2)
+        return _zeros(q, poison(problem, pattern)), nothing.swapaxes(1, 2)
     keys = Keys(problem, pattern)
     o, lse = run_forward(
         problem, query_lists(keys), keys.places, keys.pack(k, v), q, k, v, None, interpret
     )
     if pattern.token_mask is not None:  # whole tiles ask nobody
-        real = pattern.token_mask
-        o = jnp.where(real[:, :, None, None], o, 0)
-        lse = jnp.where(real[:, None], lse, -jnp.inf)
+        o = jnp.where(pattern.token_mask[:, :, None, None], o, poison(problem, pattern))
+        o = o.astype(q.dtype)
+        lse = jnp.where(pattern.token_mask[:, None], lse, -jnp.inf)
     return o, lse
 
 
 def backward(q, k, v, o, lse, do, pattern: CompoundPattern, *, scale: float, interpret=None):
     """`(dq, dk, dv)`; rows with lse = -inf have no part in it."""
     problem = problem_of(q, k, pattern, scale)
-    if problem.rule.empty:
-        return tuple(jnp.zeros_like(x) for x in (q, k, v))
+    if rule_of(pattern).empty:
+        # Without blocks all heads are valid, or none is.
+        return tuple(_zeros(x, poison(problem, pattern)[:, :, :1]) for x in (q, k, v))
     keys = Keys(problem, pattern)
     dq, dk, dv = run_backward(
         problem, query_lists(keys), key_lists(keys), keys.places, keys.pack(k, v), q, k, v, o, lse,
         do, 0.0, None, interpret,
     )  # fmt: skip
     return dq, keys.unpack(dk), keys.unpack(dv)
+
+
+def _zeros(like, plus):
+    return jnp.broadcast_to(plus, like.shape).astype(like.dtype)

@@ -12,7 +12,7 @@ import numpy as np
 from sparsax.compound import CompoundPattern
 from sparsax.pallas.block_sparse.problem import Problem
 from sparsax.pallas.block_sparse.tiles import ROWS, TileLists
-from sparsax.pallas.compound.keys import Keys
+from sparsax.pallas.compound.keys import Keys, mark_invalid
 
 
 class _Cover(NamedTuple):
@@ -42,7 +42,7 @@ def query_lists(keys: Keys) -> TileLists:
     count = lists.count[None] + seen.sum(-1)[:, None]
     if pattern.token_mask is not None:
         count = jnp.where(_some(pattern.token_mask, ROWS)[:, None], count, 0)
-    return _per_sample(x, full, count, lists.cols, lists.bits)
+    return _per_sample(keys, full, count, lists.cols, lists.bits)
 
 
 def key_lists(keys: Keys) -> TileLists:
@@ -55,7 +55,7 @@ def key_lists(keys: Keys) -> TileLists:
     if pattern.token_mask is not None:
         count = jnp.where(_some(pattern.token_mask, ROWS)[:, None], count, 0)
     found = full, count, lists.cols, lists.bits
-    return _per_sample(x, *(_with_packed(keys, *found) if x.packed else found))
+    return _per_sample(keys, *(_with_packed(keys, *found) if x.packed else found))
 
 
 def _with_packed(keys: Keys, full, count, cols, bits):
@@ -78,10 +78,13 @@ def _with_packed(keys: Keys, full, count, cols, bits):
     return join(full, 0), join(count, seen[:, None]), cols, bits
 
 
-def _per_sample(x: Problem, full, count, cols, bits) -> TileLists:
+def _per_sample(keys: Keys, full, count, cols, bits) -> TileLists:
+    x = keys.problem
+    count = mark_invalid(keys.pattern, count)
     flat = lambda y: jnp.broadcast_to(y, (x.samples, x.P, y.shape[-1])).reshape(x.owners, -1)
-    int32 = lambda y: None if y is None else jnp.asarray(y, jnp.int32)
-    return TileLists(*(int32(y) for y in (flat(full), flat(count), cols, bits)))
+    int32 = lambda y: jnp.asarray(y, jnp.int32)
+    bits = None if bits is None else int32(bits)
+    return TileLists(int32(flat(full)), int32(flat(count)), int32(cols), bits)
 
 
 def _special(keys: Keys):
@@ -90,7 +93,7 @@ def _special(keys: Keys):
     found = []
     if pattern.token_mask is not None:
         found.append(~pattern.token_mask)
-    if x.rule.blocks and x.packed:
+    if pattern.blocks is not None and x.packed:
         found.append(pattern.is_column())  # their pairs in blocks are those of the packed keys
     return sum(found[1:], found[0]) if found else None
 
@@ -128,7 +131,7 @@ def _cover(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> _Cover:
     # A key that no query sees must be masked; a query past the end has probability 0 anyhow.
     complete = keys_in_rows | (first_col + block_col <= x.T)
     present = whole = np.zeros(low.shape, bool)
-    for left, right in x.rule.bands:
+    for left, right in ((band.left, band.right) for band in pattern.bands):
         before, after = (right, left) if keys_in_rows else (left, right)
         present = present | ((high >= -before) & (low <= after))
         whole = whole | ((low >= -before) & (high <= after) & complete)

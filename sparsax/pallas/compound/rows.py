@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsax.compound import CompoundPattern, slots
+from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse.attention import run_backward, run_forward
 from sparsax.pallas.block_sparse.places import NOWHERE, Rule
 from sparsax.pallas.block_sparse.problem import Problem
 from sparsax.pallas.block_sparse.tiles import ROWS, TileLists
-from sparsax.pallas.compound.keys import BLOCK
+from sparsax.pallas.compound.keys import BLOCK, poison
 from sparsax.pallas.hopper import multiprocessors
 
 SHORTEST = 512  # keys of a chunk, so that starting one is worth it
@@ -32,18 +33,19 @@ def rows_forward(q, k, v, pattern: CompoundPattern, *, scale: float, interpret=N
     weights = jnp.exp(lse - jnp.where(joint == -jnp.inf, 0.0, joint)[:, None])
     o = (weights.swapaxes(2, 3)[..., None] * o).sum(1)
     real = rows.real
-    o = jnp.where(real[:, :, None, None], o, 0.0).astype(q.dtype)
+    o = jnp.where(real[:, :, None, None], o, poison(rows.problem, pattern)).astype(q.dtype)
     return o, jnp.where(real[:, None], joint, -jnp.inf)
 
 
 def rows_backward(q, k, v, o, lse, do, pattern: CompoundPattern, *, scale: float, interpret=None):
     """`(dq, dk, dv)`, dq of the gathered queries."""
     rows = _Rows(q, k, pattern, scale)
+    q, o, lse, do = (rows.repeat(x) for x in (q, o, lse, do))
     dq, dk, dv = run_backward(
-        rows.problem, rows.query_lists, rows.key_lists, rows.places, (), rows.repeat(q),
-        rows.cut(k), rows.cut(v), *(rows.repeat(x) for x in (o, lse, do)), 0.0, None, interpret,
+        rows.problem, rows.query_lists, rows.key_lists, rows.places, (), q, rows.cut(k),
+        rows.cut(v), o, lse, do, 0.0, None, interpret,
     )  # fmt: skip
-    dq = dq.reshape(len(q), rows.chunks, *dq.shape[1:]).sum(1, dtype=jnp.float32)
+    dq = dq.reshape(-1, rows.chunks, *dq.shape[1:]).sum(1, dtype=jnp.float32)
     return dq.astype(q.dtype), dk.reshape(k.shape), dv.reshape(v.shape)
 
 
@@ -64,14 +66,13 @@ class _Rows:
     def __init__(self, q, k, pattern: CompoundPattern, scale: float):
         (self.batch, count, heads, features), length = q.shape, k.shape[1]
         self.pattern, self.chunks = pattern, _chunks(self.batch, count, heads, length)
-        samples, size = self.batch * self.chunks, length // self.chunks
+        samples, size = self.batch * self.chunks, int(length) // self.chunks
         sides = length, 0 if pattern.causal else length
-        masked = pattern.token_mask is not None
         self.problem = Problem(
-            samples, count, size, heads, k.shape[2], features, 1, q.dtype, BLOCK, BLOCK, scale,
-            None, None, ids=True,
+            samples, count, size, heads, k.shape[2], features, pattern.num_heads, q.dtype, BLOCK,
+            BLOCK, scale, None, None, ids=True,
             rule=Rule((sides,), pattern.causal, packed=False, blocks=False),
-            samples=samples if masked or len(pattern.rows) > 1 else 1,
+            samples=samples if pattern.batch > 1 else 1,
         )  # fmt: skip
 
     def cut(self, x):
@@ -108,7 +109,7 @@ class _Rows:
     def places(self):
         """What the rule reads, places of queries and marks of keys."""
         shape = self.batch, self.pattern.seq_len
-        marks = self.cut(jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape))
+        marks = jnp.asarray(self.cut(np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)))
         marks = marks if self.keys is None else jnp.where(self.keys, marks, NOWHERE)
         return self.repeat(self.slots), marks
 
@@ -123,7 +124,7 @@ class _Rows:
             whole = whole & _blocks(self.keys, BLOCK).all(-1)
             some = _blocks(self.keys, BLOCK).any(-1)
             count = jnp.where(some, np.arange(len(last)) + 1, 0).max(-1)[:, None]
-        full = 0 if self.pattern.causal else jnp.cumprod(whole, -1).sum(-1)[:, None]
+        full = 0 * count if self.pattern.causal else jnp.cumprod(whole, -1).sum(-1)[:, None]
         first = np.arange(0, x.T, ROWS)
         return self._lists(full, jnp.where(first < self._used, count, 0), len(last))
 
@@ -143,16 +144,22 @@ class _Rows:
     @property
     def _used(self):
         """Rows in use `[samples, 1]`."""
-        used = self.pattern.num_rows
-        if self.problem.samples > 1:
-            used = self.repeat(jnp.broadcast_to(used, (self.batch,)))
-        return jnp.maximum(used, 0)[:, None]
+        return jnp.maximum(self._of_samples(self.pattern.num_rows), 0)[:, None]
+
+    def _of_samples(self, x):
+        """What the pattern says of its samples, for every one of the problem's."""
+        if self.problem.samples == 1:
+            return x
+        return self.repeat(jnp.broadcast_to(x, (self.batch, *x.shape[1:])))
 
     def _lists(self, full, count, blocks: int) -> TileLists:
-        shape = (1, count.shape[1], blocks)
-        cols = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), shape)
-        count = count.astype(jnp.int32)
-        return TileLists(jnp.minimum(full, count).astype(jnp.int32), count, cols, None)
+        x, tiles = self.problem, count.shape[-1]
+        cols = np.broadcast_to(np.arange(blocks, dtype=np.int32), (x.P, tiles, blocks))
+        valid = self._of_samples(self.pattern.valid())[..., None]  # samples, P, 1
+        count = jnp.where(valid, count[:, None], INVALID)
+        full = jnp.broadcast_to(jnp.asarray(full)[:, None], count.shape)
+        flat = lambda y: y.astype(jnp.int32).reshape(x.owners, tiles)
+        return TileLists(flat(full), flat(count), jnp.asarray(cols), None)
 
 
 def _blocks(mask, size: int):

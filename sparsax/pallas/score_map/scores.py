@@ -58,9 +58,9 @@ def each_tile(
     """`carry = use(scores of the step, carry)` for at least one step, from `begun` in the ring.
 
     While the tensor cores multiply the tile of a step, the warpgroup uses the one before it.
-    `operands(step)` are the two factors in shared memory. `prepare(step, partial)` reads early what takes long, and returns
-    `finish`; `finish(get)` makes scores of the product that `get()` waits for. Of so many `whole`
-    tiles none but the first is called partial; None: no tile is.
+    `operands(step)` are the two factors in shared memory. `prepare(step, partial)` reads early what
+    takes long, and returns `finish`; `finish(get)` makes scores of the product that `get()` waits
+    for. Of so many `whole` tiles none but the first is called partial; None: no tile is.
     """
 
     def start(step, partial, then):
