@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 
 from sparsax.convert import Row
 from sparsax.nn import SparseAttention, TopLAttention
+from sparsax.nn.projections import out_shape
 from sparsax.nn.top_l import Select
 from sparsax.quantise import Score
 from sparsax.rules.observer import InputObserver, seen_inputs
@@ -101,13 +101,13 @@ class TopL:
         )  # fmt: skip
 
     def _row(self, path: str, module: nnx.Module, layer: TopLAttention) -> Row:
-        leaves = jax.tree.leaves(nnx.state(layer, nnx.Param))
-        count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
-        # Of the projections: how many pairs there are depends on the length.
-        flops = 2 * sum(x.size for x in leaves if x.ndim > 1)
+        # Beside the projections, which stay as they are: centroids, and products with all of them.
+        codebooks = layer.codebooks[...]
+        (heads, features), centroids = out_shape(layer.query), codebooks.shape[2]
+        flops = 2 * centroids * (heads + codebooks.shape[0]) * features
         what = "keys" if self.select == "tokens" else f"keys in blocks of {self.block}"
         return Row(
             path=path, before=type(module).__name__, after=type(layer).__name__,
-            detail=f"{self.keep} {what} by {self.score}", error=0.0,
-            parameters=(count, count), bytes=(size, size), flops=(flops, flops),
+            detail=f"{self.keep} {what} by {self.score}", error=0.0, parameters=(0, 0),
+            bytes=(0, codebooks.nbytes), flops=(0, flops),
         )  # fmt: skip
