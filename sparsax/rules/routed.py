@@ -34,7 +34,7 @@ class Routed:
         seed: of clusters, routers and LoRA.
 
     Example:
-        >>>         >>> import sparsax
+        >>> import sparsax
         >>> from flax import nnx
         >>> config = sparsax.nn.DecoderConfig.opt(
         ...     vocab_size=64, length=16, features=16, hidden=64, num_heads=2, layers=2
