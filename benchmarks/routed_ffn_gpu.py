@@ -186,9 +186,7 @@ def measure(args, features: int, hidden: int, blocks: int, active: int) -> list[
         if args.torch:
             try:
                 row["torch"] = of_torch(args, features, hidden, blocks, active, way == "lora")
-            except (
-                RuntimeError
-            ) as error:  # releases differ in which gradients and layouts they have
+            except RuntimeError as error:  # releases differ in what they derive
                 row["torch_error"] = str(error)
                 print("torch:", error)
         rows.append(row)

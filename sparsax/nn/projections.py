@@ -5,6 +5,18 @@ from typing import Any
 from flax import nnx
 
 
+def out_shape(layer: Any) -> tuple[int, int]:
+    """`(heads, features of a head)` of a projection, or of what stands for one."""
+    found = getattr(layer, "out_shape", None) or layer.out_features
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        raise ValueError(
+            f"a projection must map to (heads, features of a head), as nnx.LinearGeneral; "
+            f"{type(layer).__name__} maps to {found}."
+        )
+    heads, features = found
+    return heads, features
+
+
 def attention_projections(
     num_heads: int, in_features: int, num_kv_heads: int | None, head_dim: int | None, *,
     use_bias: bool = True, dtype: Any = None, rngs: nnx.Rngs,

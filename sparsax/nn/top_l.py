@@ -8,7 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from sparsax.attention import block_sparse_attention
-from sparsax.nn.projections import attention_projections
+from sparsax.nn.attention import SparseAttention
+from sparsax.nn.projections import attention_projections, out_shape
+from sparsax.nn.rotary import rotate
 from sparsax.patterns import topl
 from sparsax.quantise import ProductQuantizer, Score
 from sparsax.top_l import top_l_attention
@@ -48,6 +50,8 @@ class TopLAttention(nnx.Module):
         head_dim: features H of a head, a multiple of 8; D / N when None.
         block: tokens in a block, for select="blocks".
         causal: whether a token sees only itself and what came before.
+        rotary: base of rotary positions, see `sparsax.nn.rotate`; None is without.
+        use_bias: whether the projections have a bias.
         decay: of the codebooks' moving average.
         use_running_average: False while calls move the codebooks.
         implementation: which implementation runs, see `sparsax.top_l_attention` and
@@ -83,6 +87,8 @@ class TopLAttention(nnx.Module):
         head_dim: int | None = None,
         block: int = 64,
         causal: bool = False,
+        rotary: float | None = None,
+        use_bias: bool = True,
         decay: float = 0.99,
         use_running_average: bool = True,
         implementation: Implementation | None = None,
@@ -90,19 +96,52 @@ class TopLAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.query, self.key, self.value, self.out = attention_projections(
-            num_heads, in_features, num_kv_heads, head_dim, dtype=dtype, rngs=rngs
-        )
-        num_kv_heads, head_dim = self.key.out_features
+            num_heads, in_features, num_kv_heads, head_dim, use_bias=use_bias, dtype=dtype,
+            rngs=rngs,
+        )  # fmt: skip
+        num_kv_heads, head_dim = out_shape(self.key)
         _check(head_dim, keep, select, score, decay)
         shape = num_kv_heads, head_dim // 8, 16
         self.codebooks = Codebooks(jax.random.normal(rngs.params(), (*shape, 8)))
         self.codebook_weights = CodebookWeights(jnp.full(shape, 1 / 16))
         self.keep, self.block, self.causal, self.decay = keep, block, causal, decay
+        self.rotary = rotary
         self.select: Select = select
         self.score: Score = score
         self.use_running_average = use_running_average
         self.implementation: Implementation | None = implementation
         self.probing = False
+
+    @classmethod
+    def from_attention(
+        cls, attention: Any, *, keep: int, rngs: nnx.Rngs, **options: Any
+    ) -> "TopLAttention":
+        """Attention with the projections that a dense layer has: the same modules, not copies.
+
+        Args:
+            attention: a `SparseAttention` without a pattern; or any module with the projections
+                `query`, `key`, `value` and `out`, when options give `causal` and `rotary`.
+            keep: L.
+            rngs: stream of the codebooks.
+            **options: see the class.
+
+        Raises:
+            ValueError: the layer has a pattern, which this one would not keep.
+        """
+        if isinstance(attention, SparseAttention):
+            if attention.pattern.get_value() is not None:
+                raise ValueError(
+                    "attention must be dense; got a layer with a pattern, which top-L attention "
+                    "would not keep. Take it away with sparsax.nn.set_patterns(model, None)."
+                )
+            options = {"causal": attention.causal, "rotary": attention.rotary} | options
+        (heads, head_dim), (kv_heads, _) = map(out_shape, (attention.query, attention.key))
+        layer = cls(
+            heads, 1, num_kv_heads=kv_heads, head_dim=head_dim, keep=keep, rngs=rngs, **options
+        )  # projections of one feature, which now give way
+        for name in ("query", "key", "value", "out"):
+            setattr(layer, name, getattr(attention, name))
+        return layer
 
     @property
     def quantizer(self) -> ProductQuantizer:
@@ -124,17 +163,14 @@ class TopLAttention(nnx.Module):
             key_mask: False where a token is padding, which does not count.
         """
         key = jax.random.key(0) if key is None else key
-        self._set(
-            ProductQuantizer.fit(
-                key, self.key(x), queries=self._shared(self.query(x)), key_mask=key_mask
-            )
-        )
+        q, k, _ = self._projected(x)
+        self._set(ProductQuantizer.fit(key, k, queries=self._shared(q), key_mask=key_mask))
 
     def __call__(
         self, x: Float[Array, "B T D"], *, key_mask: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """Attends within `x`; `key_mask` is False where a token is padding."""
-        q, k, v = self.query(x), self.key(x), self.value(x)
+        q, k, v = self._projected(x)
         codes = self.quantizer.codes(q, k, score=self.score)
         shared = self._shared(q)
         if self.probing:
@@ -155,6 +191,12 @@ class TopLAttention(nnx.Module):
             )
             o = self._over_blocks(q, k, v, pattern, key_mask)
         return self.out(o)
+
+    def _projected(self, x):
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.rotary is not None:
+            q, k = rotate(q, self.rotary), rotate(k, self.rotary)
+        return q, k, v
 
     def _over_blocks(self, q, k, v, pattern, key_mask):
         """Attention of every sample over its own pattern, one after another.

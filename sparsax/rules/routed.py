@@ -5,29 +5,12 @@ import typing
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
 
 from sparsax.convert import Row
 from sparsax.linear import Activation
 from sparsax.nn import FeedForward, RoutedFFN
-
-
-class InputObserver(nnx.Module):
-    """A module that also keeps the first tokens that come in, up to a number."""
-
-    def __init__(self, module: nnx.Module, tokens: int):
-        self.module, self.wanted = module, tokens
-        self.seen: nnx.Variable[Array | None] = nnx.Variable(None)
-
-    def __call__(self, x, **options: typing.Any):
-        """The module's own output."""
-        rows, before = x.reshape(-1, x.shape[-1]), self.seen.get_value()
-        rows = rows if before is None else jnp.concatenate([before, rows])
-        self.seen.set_value(rows[: self.wanted])
-        module: typing.Any = self.module
-        return module(x, **options)
+from sparsax.rules.observer import InputObserver, seen_inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +34,6 @@ class Routed:
         seed: of clusters, routers and LoRA.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> import sparsax
         >>> from flax import nnx
         >>> config = sparsax.nn.DecoderConfig.opt(
@@ -92,7 +74,7 @@ class Routed:
             layer = RoutedFFN.from_dense(
                 up, down, getattr(module, self.gate, None), num_blocks=self.num_blocks,
                 active=self.active, activation=self._activation(path, module),
-                calibration=_seen(path, observers), lora_rank=self.lora_rank,
+                calibration=seen_inputs(path, observers), lora_rank=self.lora_rank,
                 lora_scale=self._scale(), frozen=self.frozen, rngs=rngs,
             )  # fmt: skip
             made[path] = layer, self._row(path, module, layer)
@@ -137,19 +119,3 @@ class Routed:
             error=0.0, parameters=(before[0], after[0]), bytes=(before[1], after[1]),
             flops=(dense, int(dense * share + lora) + router),
         )  # fmt: skip
-
-
-def _seen(path: str, observers: Mapping[str, nnx.Module]) -> Array | None:
-    if path not in observers:
-        return None
-    observer = observers[path]
-    assert isinstance(observer, InputObserver)
-    seen = observer.seen.get_value()
-    if seen is None:
-        raise ValueError(f"calibrate must run every matched layer; {path!r} was never called.")
-    if not bool(jnp.isfinite(seen).all()):
-        raise ValueError(
-            f"calibration must reach {path!r} as finite numbers; some of its {seen.shape[0]} "
-            "tokens are NaN or infinite. Are all token ids within the vocabulary?"
-        )
-    return seen
