@@ -35,7 +35,7 @@ from flax import nnx
 from harness import save
 
 import sparsax
-from sparsax import data, patterns
+from sparsax import data, pallas, patterns
 from sparsax.nn import Classifier, DecoderConfig, LanguageModel, SparseAttention, set_patterns
 from sparsax.training import FitConfig, cross_entropy, fit
 
@@ -191,7 +191,7 @@ def main() -> None:
         steps = 20
     task = TASKS[args.task](args.data, size)
     names = list(RUNS)
-    if not sparsax.pallas.on_hopper():
+    if not pallas.on_hopper():
         print("no NVIDIA Hopper GPU: the runs on the kernels are left out, and so is the verdict")
         names = [name for name in names if RUNS[name][0] != "pallas"]
     rows = {}

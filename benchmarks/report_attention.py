@@ -1,0 +1,205 @@
+"""Writes docs/attention.md and docs/attention_gpu.png from what `attention_gpu.py` measured.
+
+    python benchmarks/attention_gpu.py --causal --flex     # on the GPU: results/attention_gpu.json
+    uv run python benchmarks/report_attention.py           # anywhere (needs the `plots` extra)
+
+A dash is a figure that the result lacks; a length or pattern that it lacks has a row that says so.
+"""
+
+import argparse
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+DENSITY = 0.1  # of the crossover and of the picture
+SHARE = f"{100 * DENSITY:.0f} %"
+KINDS = {"forward_ms": ("forward", 2), "both_ms": ("forward + backward", 7)}  # products of each
+
+
+def read(path: Path) -> dict:
+    """The record, with dense times in their own dictionary as results have them since."""
+    record = json.loads(path.read_text())
+    for row in record["rows"]:
+        old = {kind: row.pop(f"dense_{kind}") for kind in KINDS if f"dense_{kind}" in row}
+        if old:
+            row["dense"] = old
+    return record
+
+
+def number(x: float | None) -> str:
+    """Three digits, or a dash."""
+    if x is None:
+        return "-"
+    return f"{x:,.0f}" if x >= 100 else f"{x:.{max(0, 2 - int(np.floor(np.log10(x))))}f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def ratio(row: dict, peer: str, kind: str) -> float | None:
+    """How many times as long as the row the peer takes."""
+    found = row.get(peer, {}).get(kind)
+    return None if found is None or row.get(kind) is None else found / row[kind]
+
+
+def speed(rows: list[dict], heads: int) -> str:
+    """The table of one number of head features."""
+    head, cells = ["length", "pattern", "density"], []
+    for name, _ in KINDS.values():
+        head += [f"{name} ms", "TFLOP/s", "x dense", "x Flex"]
+    lengths, patterns = (list(dict.fromkeys(row[x] for row in rows)) for x in ("length", "pattern"))
+    for length, pattern in itertools.product(sorted(lengths), patterns):
+        found = [r for r in rows if (r["length"], r["pattern"]) == (length, pattern)]
+        if not found:
+            cells.append([f"{length:,}", pattern, "not measured", *["-"] * 8])
+        # At short lengths several densities ask for the same blocks: the last one's times.
+        for row in {r["density"]: r for r in sorted(found, key=lambda r: r["density"])}.values():
+            line = [f"{length:,}", pattern, f"{100 * row['density']:.1f} %"]
+            for kind, (_, products) in KINDS.items():
+                flop = products * 2 * heads * length**2 * row["features"] * row["density"]
+                rate = None if row.get(kind) is None else flop / row[kind] / 1e9
+                line += [number(x) for x in (row.get(kind), rate, ratio(row, "dense", kind),
+                                             ratio(row, "flex", kind))]  # fmt: skip
+            cells.append(line)
+    return table(head, cells)
+
+
+def curve(rows: list[dict], pattern: str, kind: str) -> dict[int, tuple[float, float]]:
+    """`(milliseconds, dense)` at `DENSITY` by length, between the nearest measured densities.
+
+    Lengths whose densities lie all on one side are left out.
+    """
+    found = {}
+    for length in sorted({row["length"] for row in rows}):
+        points = sorted(
+            (row["density"], row[kind], row["dense"][kind]) for row in rows
+            if (row["length"], row["pattern"]) == (length, pattern)
+            and row.get(kind) is not None and ratio(row, "dense", kind) is not None
+        )  # fmt: skip
+        if points and points[0][0] <= DENSITY <= points[-1][0]:
+            density, time, dense = zip(*points, strict=True)
+            found[length] = float(np.interp(DENSITY, density, time)), dense[0]
+    return found
+
+
+def crossover(points: dict[int, tuple[float, float]]) -> str:
+    """The length from which on sparse is faster, between two measured ones."""
+    if not points:
+        return f"no length with densities around {SHARE}"
+    lengths, gains = list(points), [np.log(dense / time) for time, dense in points.values()]
+    slower = [i for i, gain in enumerate(gains) if gain <= 0]
+    if not slower:
+        return f"below {lengths[0]:,}"
+    last = slower[-1]
+    if last == len(lengths) - 1:
+        return f"above {lengths[-1]:,}"
+    ends = np.log(lengths[last : last + 2])
+    return f"{np.exp(np.interp(0, gains[last : last + 2], ends)):,.0f}"
+
+
+def crossovers(rows: list[dict]) -> str:
+    names = [name for name, _ in KINDS.values()]
+    cells = []
+    for features in sorted({row["features"] for row in rows}):
+        own = [row for row in rows if row["features"] == features]
+        for pattern in dict.fromkeys(row["pattern"] for row in own):
+            if pattern not in ("full", "causal"):
+                found = [crossover(curve(own, pattern, kind)) for kind in KINDS]
+                cells.append([str(features), pattern, *found])
+    return table(["head features", "pattern", *names], cells)
+
+
+def memory(rows: list[dict], heads: int) -> str:
+    """Bytes of forward and backward, arguments and all, at the longest length."""
+    cells = []
+    for features in sorted({row["features"] for row in rows}):
+        own = [row for row in rows if row["features"] == features]
+        length = max(row["length"] for row in own)
+        measured = [row for row in own if row["length"] == length and "bytes" in row]
+        line = [str(features), f"{length:,}"]
+        if not measured:
+            cells.append([*line, "not measured", *["-"] * 4])
+            continue
+        row, array = measured[0], 2 * heads * length * features  # an array of 16-bit numbers
+        ideal = 8 * array + 4 * heads * length
+        totals = [4 * array + x["bytes"] if "bytes" in x else None
+                  for x in (row, row.get("dense", {}))]  # fmt: skip
+        mib = [number(None if x is None else x / 2**20) for x in (ideal, *totals)]
+        over = [number(None if x is None else x / ideal) for x in totals]
+        cells.append([*line, f"{row['pattern']} {100 * row['density']:.1f} %", *mib, *over])
+    head = ["head features", "length", "pattern", "ideal MiB", "sparse MiB", "dense MiB"]
+    return table([*head, "sparse / ideal", "dense / ideal"], cells)
+
+
+def picture(rows: list[dict]) -> Figure:
+    """Milliseconds over length, a panel for each number of head features."""
+    every = sorted({row["features"] for row in rows})
+    figure = Figure(figsize=(4.2 * len(every), 4), layout="constrained")
+    for features, axis in zip(every, figure.subplots(1, len(every), squeeze=False)[0], strict=True):
+        own = [row for row in rows if row["features"] == features]
+        axis.set(title=f"{features} head features", xlabel="length", ylabel="ms")
+        if not any("dense" in row for row in own):
+            axis.text(0.5, 0.5, "dense was not measured", ha="center")
+            continue
+        for kind, style in (("forward_ms", "--"), ("both_ms", "-")):
+            # Dense causal attention is another curve.
+            plain = [r for r in own if r["pattern"] != "causal" and kind in r.get("dense", {})]
+            of_length = {r["length"]: r["dense"][kind] for r in plain}
+            lengths = sorted(of_length)
+            dense = [of_length[length] for length in lengths]
+            label = lambda text, kind=kind: text if kind == "both_ms" else None
+            axis.plot(lengths, dense, style, color="black", label=label("dense"))
+            axis.plot(lengths, DENSITY * np.array(dense), style, color="silver",
+                      label=label(f"ideal: {SHARE} of dense"))  # fmt: skip
+            for i, pattern in enumerate(dict.fromkeys(row["pattern"] for row in own)):
+                points = curve(own, pattern, kind)
+                if points:
+                    axis.plot(list(points), [time for time, _ in points.values()], style,
+                              color=f"C{i}", marker=".", label=label(pattern))  # fmt: skip
+        axis.set_yscale("log")
+        axis.set_xscale("log", base=2)
+        axis.legend(fontsize=8, title="solid: with backward", title_fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "attention_gpu.json")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
+    args = parser.parse_args()
+    record = read(args.results)
+    rows, found = record["rows"], re.search(r"--heads (\d+)", record["command"])
+    heads = int(found[1]) if found else 16
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    text = [
+        "# Block-sparse attention on a GPU",
+        "Written by `benchmarks/report_attention.py` from `benchmarks/results/"
+        f"{args.results.name}`: `{record['command']}` on one {record['device']}, commit "
+        f"{record['commit']}, {versions}.",
+        f"bfloat16, batch 1, {heads} heads, patterns per head in blocks of 128. TFLOP/s count the "
+        "listed blocks alone. `x dense` and `x Flex` say how many times as long dense cuDNN and "
+        "PyTorch's FlexAttention (autotuned, the same block mask) take; a dash was not measured.",
+        f"![Milliseconds over length at density {SHARE}](attention_gpu.png)",
+        f"## From which length on sparse is faster, at density {SHARE}", crossovers(rows),
+        "Between the measured densities and lengths. A short sequence has so few blocks that a "
+        "pattern cannot be that sparse: those lengths are left out.",
+        "## Memory of forward and backward",
+        "Ideal is q, k, v, o and their gradients, and the log-sum-exp, each once. Measured is what "
+        "XLA reserves, and the arguments.", memory(rows, heads),
+    ]  # fmt: skip
+    for features in sorted({row["features"] for row in rows}):
+        own = [row for row in rows if row["features"] == features]
+        text += [f"## {features} head features", speed(own, heads)]
+    (args.docs / "attention.md").write_text("\n\n".join(text) + "\n")
+    picture(rows).savefig(args.docs / "attention_gpu.png", dpi=120)
+    print(args.docs / "attention.md")
+
+
+if __name__ == "__main__":
+    main()
