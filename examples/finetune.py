@@ -7,7 +7,7 @@
 A small byte-level decoder first learns what sentences about restaurants look like. From that very
 model each way goes on to learn a task, the sentence for a given meaning. SPT is converted from the
 dense model in one call of `sparsify`. Its loss starts higher, as every token meets half of the
-feed-forward units and an eighth of the keys. Times of a model this small say nothing of a large one.
+feed-forward units and an eighth of the keys. Times of so small a model say nothing of a large one.
 """
 
 import argparse
