@@ -60,10 +60,11 @@ def routed_ffn_forward(x, weights, lora, plan, products=ROUTED_PRODUCTS, *, acti
         h = _join(activation)(*zs).astype(x.dtype)
     else:
         h = products.hidden(xs, parts, plan.group_sizes)
-    rows = products.gmm([(h, weights.w_down)], plan.group_sizes)
-    y = _sum_choices(rows, plan, plan.coefficients)
+    times = lambda w: products.gmm([(h, w)], plan.group_sizes)
+    y = _sum_choices(times(weights.w_down), plan, plan.coefficients)
     if lora is not None:
-        low = _low_sum(h, lora, plan, products.gmm).astype(x.dtype)
+        c = plan.coefficients if plan.scaled == "output" else None
+        low = _sum_choices(times(lora.down_a), plan, c).astype(x.dtype)
         y += lora.scale * _matmul("nr,rd->nd", low, lora.down_b)
     y = y if weights.b_down is None else y + weights.b_down.astype(jnp.float32)
     return jnp.where(plan.mask()[:, None], y, 0.0).astype(x.dtype)
@@ -100,9 +101,10 @@ def routed_ffn_backward(
             dweights[f"w_{part.name}"] = tgmm(xs, d, sizes)
             dweights[f"b_{part.name}"] = group_sums(d, sizes)
     if lora is not None:
-        low = _low_sum(h, lora, plan, gmm).astype(dtype)
+        h_low = h if scaled else c_h  # so that h itself need not be stored
+        low = _sum_choices(gmm([(h_low, lora.down_a)], sizes), plan).astype(dtype)
         dlora = {
-            "down_a": tgmm(h if scaled else c_h, into_h[1][0], sizes),
+            "down_a": tgmm(h_low, into_h[1][0], sizes),
             "down_b": lora.scale * _matmul("nr,nd->rd", low, dy),
         }
         for part, d in zip(parts, ds, strict=True):
@@ -159,12 +161,6 @@ def _sums(xs, parts, plan, products: RoutedProducts):
 def _join(activation):
     """The hidden units as a function of the values before the activation."""
     return lambda up, gate=None: activation(up) if gate is None else activation(gate) * up
-
-
-def _low_sum(h, lora, plan, gmm):
-    """What a token's blocks give LoRA's R columns of the second matrix, `[N, R]` float32."""
-    c = plan.coefficients if plan.scaled == "output" else None
-    return _sum_choices(gmm([(h, lora.down_a)], plan.group_sizes), plan, c)
 
 
 def _sum_choices(rows, plan, coefficients=None):
