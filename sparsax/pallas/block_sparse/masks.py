@@ -59,7 +59,7 @@ def keep(columns: Columns, found, first_row, block_row: int, ids: tuple[Any, Any
         if block_row < WG_ROWS:
             word = lax.shift_right_logical(word, row // block_row)
         listed = (word & 1) == 1
-    if bounds.rule is not None:
+    if bounds.rule is not None and ids is not None:
         return kept & bounds.rule.keep(*ids, listed, shape)
     kept = kept if listed is None else kept & listed
     if ids is not None:

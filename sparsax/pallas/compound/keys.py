@@ -64,7 +64,7 @@ class Keys:
         tokens = np.broadcast_to(np.arange(x.T, dtype=np.int32), (x.B, x.T))
         marks = tokens[: x.samples]
         if x.packed:
-            if x.rule.blocks:
+            if self.pattern.blocks is not None:
                 marks = jnp.where(self.pattern.is_column(), marks + TAKEN, marks)
             tail = np.full((x.samples, x.packed_from - x.T), NOWHERE, np.int32)
             packed = jnp.where(self.slots < x.T, PACKED + self.slots, NOWHERE)

@@ -82,8 +82,9 @@ def _per_sample(keys: Keys, full, count, cols, bits) -> TileLists:
     x = keys.problem
     count = mark_invalid(keys.pattern, count)
     flat = lambda y: jnp.broadcast_to(y, (x.samples, x.P, y.shape[-1])).reshape(x.owners, -1)
-    int32 = lambda y: None if y is None else jnp.asarray(y, jnp.int32)
-    return TileLists(*(int32(y) for y in (flat(full), flat(count), cols, bits)))
+    int32 = lambda y: jnp.asarray(y, jnp.int32)
+    bits = None if bits is None else int32(bits)
+    return TileLists(int32(flat(full)), int32(flat(count)), int32(cols), bits)
 
 
 def _special(keys: Keys):
@@ -92,7 +93,7 @@ def _special(keys: Keys):
     found = []
     if pattern.token_mask is not None:
         found.append(~pattern.token_mask)
-    if x.rule.blocks and x.packed:
+    if pattern.blocks is not None and x.packed:
         found.append(pattern.is_column())  # their pairs in blocks are those of the packed keys
     return sum(found[1:], found[0]) if found else None
 
@@ -130,8 +131,8 @@ def _cover(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> _Cover:
     # A key that no query sees must be masked; a query past the end has probability 0 anyhow.
     complete = keys_in_rows | (first_col + block_col <= x.T)
     present = whole = np.zeros(low.shape, bool)
-    for left, right in x.rule.bands:
-        before, after = (right, left) if keys_in_rows else (left, right)
+    for band in pattern.bands:
+        before, after = (band.right, band.left) if keys_in_rows else (band.left, band.right)
         present = present | ((high >= -before) & (low <= after))
         whole = whole | ((low >= -before) & (high <= after) & complete)
     if pattern.blocks is None:

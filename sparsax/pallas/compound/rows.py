@@ -40,9 +40,10 @@ def rows_forward(q, k, v, pattern: CompoundPattern, *, scale: float, interpret=N
 def rows_backward(q, k, v, o, lse, do, pattern: CompoundPattern, *, scale: float, interpret=None):
     """`(dq, dk, dv)`, dq of the gathered queries."""
     rows = _Rows(q, k, pattern, scale)
+    o, lse, do = (rows.repeat(x) for x in (o, lse, do))
     dq, dk, dv = run_backward(
         rows.problem, rows.query_lists, rows.key_lists, rows.places, (), rows.repeat(q),
-        rows.cut(k), rows.cut(v), *(rows.repeat(x) for x in (o, lse, do)), 0.0, None, interpret,
+        rows.cut(k), rows.cut(v), o, lse, do, 0.0, None, interpret,
     )  # fmt: skip
     dq = dq.reshape(len(q), rows.chunks, *dq.shape[1:]).sum(1, dtype=jnp.float32)
     return dq.astype(q.dtype), dk.reshape(k.shape), dv.reshape(v.shape)
@@ -67,11 +68,12 @@ class _Rows:
         self.pattern, self.chunks = pattern, _chunks(self.batch, count, heads, length)
         samples, size = self.batch * self.chunks, length // self.chunks
         sides = length, 0 if pattern.causal else length
+        masked = pattern.token_mask is not None  # every chunk then has counts of its own
         self.problem = Problem(
             samples, count, size, heads, k.shape[2], features, pattern.num_heads, q.dtype, BLOCK,
             BLOCK, scale, None, None, ids=True,
             rule=Rule((sides,), pattern.causal, packed=False, blocks=False),
-            samples=samples if pattern.batch > 1 else 1,
+            samples=samples if masked or pattern.batch > 1 else 1,
         )  # fmt: skip
 
     def cut(self, x):
