@@ -9,6 +9,7 @@ import pytest
 
 from sparsax import Band, CompoundPattern, compound_attention, pallas, patterns
 from sparsax.pallas.block_sparse import attention, schedule
+from sparsax.pallas.compound import rows
 from sparsax.patterns import compound
 from tests.helpers import assert_near
 from tests.pallas.compound_cases import CASES, case
@@ -67,6 +68,13 @@ def test_kernels_match_the_reference_and_repeat_their_bits(c):
     first, again = check(c), value_and_gradients(c, "pallas", c.dtype)
     for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+@pytest.mark.parametrize("name", ["chunks_padded", "chunks_causal"])
+def test_chunks_of_global_rows_are_joined_interpreted(name, monkeypatch):
+    monkeypatch.setattr(rows, "SHORTEST", 64)  # so that 384 keys make four chunks of 96
+    with pallas.interpreted(detect_races=True):
+        check(case(name))
 
 
 @pytest.mark.slow

@@ -58,13 +58,11 @@ def keep(columns: Columns, found, first_row, block_row: int, ids: tuple[Any, Any
         if block_row < WG_ROWS:
             word = lax.shift_right_logical(word, row // block_row)
         listed = (word & 1) == 1
-    rows: Any
-    cols: Any
-    rows, cols = ids or (None, None)
-    if bounds.rule is not None:
-        return kept & bounds.rule.keep(rows, cols, listed, shape)
+    if bounds.rule is not None and ids is not None:
+        return kept & bounds.rule.keep(*ids, listed, shape)
     kept = kept if listed is None else kept & listed
-    if rows is not None:
+    if ids is not None:
+        rows, cols = ids
         kept &= per_row(rows, shape) == per_col(cols, shape)
     return kept
 

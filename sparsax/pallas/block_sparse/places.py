@@ -35,11 +35,6 @@ class Rule:
     blocks: bool
     keys_in_rows: bool = False
 
-    @property
-    def empty(self) -> bool:
-        """Whether no pair attends: there is nothing to run."""
-        return not (self.bands or self.packed or self.blocks)
-
     def keep(self, rows, cols, listed, shape: tuple[int, ...]):
         """Boolean matrix of the pairs that attend, from the vectors of its rows and columns."""
         along_q, along_k = (per_col, per_row) if self.keys_in_rows else (per_row, per_col)

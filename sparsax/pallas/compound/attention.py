@@ -6,7 +6,7 @@ from sparsax.compound import CompoundPattern
 from sparsax.pallas import support
 from sparsax.pallas.block_sparse.attention import run_backward, run_forward
 from sparsax.pallas.block_sparse.places import STRIDE
-from sparsax.pallas.compound.keys import BLOCK, Keys, poison, problem_of, rule_of
+from sparsax.pallas.compound.keys import BLOCK, Keys, poison, problem_of
 from sparsax.pallas.compound.lists import key_lists, query_lists
 
 
@@ -30,7 +30,7 @@ def forward(q, k, v, pattern: CompoundPattern, *, scale: float, interpret=None):
     Global rows get what an ordinary row would, to be replaced by what `rows_forward` computes.
     """
     problem = problem_of(q, k, pattern, scale)
-    if rule_of(pattern).empty:
+    if _empty(pattern):
         nothing = jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)
         return _zeros(q, poison(problem, pattern)), nothing.swapaxes(1, 2)
     keys = Keys(problem, pattern)
@@ -47,7 +47,7 @@ def forward(q, k, v, pattern: CompoundPattern, *, scale: float, interpret=None):
 def backward(q, k, v, o, lse, do, pattern: CompoundPattern, *, scale: float, interpret=None):
     """`(dq, dk, dv)`; rows with lse = -inf have no part in it."""
     problem = problem_of(q, k, pattern, scale)
-    if rule_of(pattern).empty:
+    if _empty(pattern):
         # Without blocks all heads are valid, or none is.
         return tuple(_zeros(x, poison(problem, pattern)[:, :, :1]) for x in (q, k, v))
     keys = Keys(problem, pattern)
@@ -60,3 +60,8 @@ def backward(q, k, v, o, lse, do, pattern: CompoundPattern, *, scale: float, int
 
 def _zeros(like, plus):
     return jnp.broadcast_to(plus, like.shape).astype(like.dtype)
+
+
+def _empty(pattern: CompoundPattern) -> bool:
+    """Whether no pair attends but those of global rows: there is nothing to run."""
+    return not (pattern.bands or pattern.columns.shape[-1] or pattern.blocks is not None)

@@ -131,8 +131,8 @@ def _cover(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> _Cover:
     # A key that no query sees must be masked; a query past the end has probability 0 anyhow.
     complete = keys_in_rows | (first_col + block_col <= x.T)
     present = whole = np.zeros(low.shape, bool)
-    for left, right in ((band.left, band.right) for band in pattern.bands):
-        before, after = (right, left) if keys_in_rows else (left, right)
+    for band in pattern.bands:
+        before, after = (band.right, band.left) if keys_in_rows else (band.left, band.right)
         present = present | ((high >= -before) & (low <= after))
         whole = whole | ((low >= -before) & (high <= after) & complete)
     if pattern.blocks is None:

@@ -68,11 +68,12 @@ class _Rows:
         self.pattern, self.chunks = pattern, _chunks(self.batch, count, heads, length)
         samples, size = self.batch * self.chunks, int(length) // self.chunks
         sides = length, 0 if pattern.causal else length
+        masked = pattern.token_mask is not None  # every chunk then has counts of its own
         self.problem = Problem(
             samples, count, size, heads, k.shape[2], features, pattern.num_heads, q.dtype, BLOCK,
             BLOCK, scale, None, None, ids=True,
             rule=Rule((sides,), pattern.causal, packed=False, blocks=False),
-            samples=samples if pattern.batch > 1 else 1,
+            samples=samples if masked or pattern.batch > 1 else 1,
         )  # fmt: skip
 
     def cut(self, x):
