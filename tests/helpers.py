@@ -167,11 +167,14 @@ def case(name: str) -> Case:
     return next(c for c in CASES if c.name == name)
 
 
-def assert_near(got, want, tolerance: float, name: str) -> None:
-    """Relative L2 error within the tolerance; infinities must sit at the same places."""
+def assert_near(got, want, tolerance: float, name: str, least: float = 1e-30) -> None:
+    """Relative L2 error within the tolerance; infinities must sit at the same places.
+
+    `least`: the norm below which what is wanted is a rest of terms that cancel.
+    """
     got, want = (np.asarray(x, np.float64) for x in (got, want))
     assert got.shape == want.shape, name
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want), err_msg=name)
     got, want = (np.where(np.isneginf(x), 0.0, x) for x in (got, want))
-    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), least)
     assert error <= tolerance, f"{name}: relative L2 error {error:.2e} > {tolerance:.0e}"

@@ -47,9 +47,11 @@ def check(c):
     want_o, want = value_and_gradients(c, "reference", "float32")
     assert o.dtype == jnp.dtype(c.dtype)
     assert_near(o, want_o, c.tolerance.output, "o")
+    # A softmax over one key has gradient 0, to which its terms of the size of dv cancel in float32.
+    least = 1e-4 * float(jnp.linalg.norm(want[2]))
     for name, got, expected in zip(("dq", "dk", "dv", *NAMES), gradients, want, strict=False):
         assert got.dtype == jnp.dtype(c.dtype)
-        assert_near(got, expected, c.tolerance.gradient, name)
+        assert_near(got, expected, c.tolerance.gradient, name, least)
     return o, gradients
 
 
