@@ -20,7 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 COMPUTE = 2  # warpgroups that multiply
 WG_ROWS = 64  # rows of one of them
 ACC = plgpu.WGMMAAccumulatorRef
-LANES = 4  # float32 values that a thread loads at once
 LOG2E = math.log2(math.e)
 MATRIX = plgpu.Layout.WGMMA
 ROW, COL = MATRIX.reduce(1), MATRIX.reduce(0)  # a value per row, per column of a matrix

@@ -71,7 +71,7 @@ def test_kernels_match_the_reference_and_repeat_their_bits(c):
 
 def test_split_rows_add_up_interpreted(monkeypatch):
     # On a GPU this small every column of the cross is long: it is cut, and its parts are added.
-    monkeypatch.setattr(schedule, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(schedule, "multiprocessors", lambda: 9)
     monkeypatch.setattr(schedule, "LEAST", 1)
     monkeypatch.setattr(attention, "LONG", 1)
     with pallas.interpreted(detect_races=True):

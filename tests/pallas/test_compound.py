@@ -82,7 +82,7 @@ def test_chunks_of_global_rows_are_joined_interpreted(name, monkeypatch):
 @pytest.mark.slow
 def test_split_rows_of_packed_keys_add_up_interpreted(monkeypatch):
     # On a GPU this small the rows of packed keys are long in every sample: they are cut.
-    monkeypatch.setattr(schedule, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(schedule, "multiprocessors", lambda: 9)
     monkeypatch.setattr(schedule, "LEAST", 1)
     monkeypatch.setattr(attention, "LONG", 1)
     with pallas.interpreted(detect_races=True):

@@ -70,9 +70,10 @@ class Schedule:
     def extra(self) -> int:
         """Pieces that cutting may add: every piece of a row but its last is a whole share.
 
-        0 where the copies alone keep the GPU busy: then nothing is cut.
+        0 where the copies of a row alone keep the GPU busy: then nothing is cut.
         """
-        return PIECES * multiprocessors() // self.copies if self.split else 0
+        few = self.copies < multiprocessors()
+        return PIECES * multiprocessors() // self.copies if self.split and few else 0
 
     @property
     def items(self) -> int:
