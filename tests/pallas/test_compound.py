@@ -64,6 +64,11 @@ def test_interpreted_kernels_match_the_reference_without_races(name):
     assert not interpret_pallas_call.get_races().races_found
 
 
+def test_without_any_part_no_kernel_runs_and_nothing_attends():
+    with pallas.interpreted():
+        check(case("no_part"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
 def test_kernels_match_the_reference_and_repeat_their_bits(c):
