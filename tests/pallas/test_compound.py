@@ -16,7 +16,7 @@ from tests.pallas.compound_cases import CASES, case
 
 NAMES = ("q_global", "k_global", "v_global")
 # Interpreting a case takes seconds; `test_compound_lists` says of all of them which pairs are kept.
-INTERPRETED = ("window_causal", "one_token", "columns_shared_causal", "rows_causal", "no_part")
+INTERPRETED = ("window_causal", "one_token", "columns_shared_causal", "rows_causal")
 SLOW = ("vertical_slash", "longformer_padded_own", "all_selected", "everything_per_kv_head")
 BY_NAME = pytest.mark.parametrize(
     "name", [*INTERPRETED, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
