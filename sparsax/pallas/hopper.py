@@ -21,6 +21,7 @@ COMPUTE = 2  # warpgroups that multiply
 WG_ROWS = 64  # rows of one of them
 ACC = plgpu.WGMMAAccumulatorRef
 LOG2E = math.log2(math.e)
+LOWEST = -1e30  # finite, so that exp2(-inf - LOWEST) is 0 where -inf - -inf would be NaN
 MATRIX = plgpu.Layout.WGMMA
 ROW, COL = MATRIX.reduce(1), MATRIX.reduce(0)  # a value per row, per column of a matrix
 

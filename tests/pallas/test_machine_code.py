@@ -26,7 +26,7 @@ SPILLS = {
     (64, False): {"dkv": 52},
     (64, True): {"dq": 232, "dkv": 312},
     (96, True): {"dkv": 4},
-    (128, True): {"forward": 36, "dq": 8, "dkv": 96},
+    (128, True): {"forward": 36, "dq": 16, "dkv": 96},
     (256, False): {"dq": 64, "dkv": 276},
     (256, True): {"forward": 16, "dq": 192, "dkv": 704},
 }

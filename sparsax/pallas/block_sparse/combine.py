@@ -10,10 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.block_sparse.schedule import Schedule
 from sparsax.pallas.block_sparse.tiles import ROWS
-from sparsax.pallas.hopper import MATRIX, ROW, full, per_row, shared, zeros
+from sparsax.pallas.hopper import LOWEST, MATRIX, ROW, full, per_row, shared, zeros
 
 STRIP = 64  # rows joined by one warpgroup, as many as its registers hold
-LOWEST = -1e30  # finite, so that exp2(-inf - LOWEST) is 0 where -inf - -inf would be NaN
 
 
 def combine(schedule: Schedule, samples: int, splits, parts, targets, interpret):

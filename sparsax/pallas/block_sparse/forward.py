@@ -18,6 +18,7 @@ from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import (
     COMPUTE,
     LOG2E,
+    LOWEST,
     MATRIX,
     ROW,
     WG_ROWS,
@@ -30,8 +31,6 @@ from sparsax.pallas.hopper import (
     shared,
     zeros,
 )  # fmt: skip
-
-LOWEST = -1e30  # finite, so that exp2(-inf - LOWEST) is 0 where -inf - -inf would be NaN
 
 
 def forward_kernel(

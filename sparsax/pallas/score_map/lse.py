@@ -9,13 +9,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from sparsax.pallas.block_sparse.forward import LOWEST
 from sparsax.pallas.block_sparse.problem import Problem
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import (
     COL,
     COMPUTE,
     LOG2E,
+    LOWEST,
     ROW,
     WG_ROWS,
     Ring,

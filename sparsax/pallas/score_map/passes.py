@@ -19,8 +19,8 @@ def score_map(q, k, q_ids, kv_ids, *, scale, causal, per_head, pool, interpret=N
     """Mean softmax probabilities, float32 `[P, T, S]`, or the means of its blocks `[P, I, J]`.
 
     Beside the result only the log-sum-exp of every row is held; with `pool`, sums over blocks of
-    keys for every query, `P T J` numbers. Without, lengths that
-    8 (T) or 32 (S) do not divide cost one more map.
+    keys for every query, `P T J` numbers. Without, lengths that 8 (T) or 32 (S) do not divide cost
+    one more map.
     """
     (batch, q_len, heads, features), (_, kv_len, kv_heads, _) = q.shape, k.shape
     maps = heads if per_head else 1
