@@ -207,11 +207,13 @@ def test_what_the_kernels_cannot_do_is_refused_and_left_to_xla(change, message):
     assert "mosaic_gpu" not in text
 
 
-def test_none_chooses_the_kernels_where_they_run():
+@pytest.mark.parametrize(("implementation", "kernels"), [("pallas", True), (None, False)])
+def test_the_kernels_run_where_they_are_named(implementation, kernels):
     q, k, _ = Case(name="").inputs()
+    run = lambda q, k: score_map(q, k, implementation=implementation)
     with pallas.lowering():
-        text = jax.jit(score_map).trace(q, k).lower(lowering_platforms=("cuda",)).as_text()
-    assert "mosaic_gpu" in text
+        text = jax.jit(run).trace(q, k).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" in text) == kernels
 
 
 @pytest.mark.skipif(pallas.on_hopper(), reason="the kernels do run here")
