@@ -1,90 +1,137 @@
 """Block-sparse attention on this machine's GPU against dense cuDNN, in one run.
 
-    python benchmarks/attention_gpu.py           # --flex: PyTorch's FlexAttention as well
+    python benchmarks/attention_gpu.py       # --flex 4096 16384: PyTorch's FlexAttention as well
 
 bfloat16, batch 1, 16 heads, per-head patterns in blocks of 128. Milliseconds are medians over runs
 of calls inside one jitted loop; TFLOP/s count the listed blocks alone (2 matrix products forward, 7
-in all); bytes are what XLA reserves beside the arguments. `causal` lists the lower triangle and
-masks its diagonal blocks, beside dense causal attention. Each row also has the milliseconds of
-every kernel, from the profiler, so that what the kernels take and what is between them can be told
-apart.
+in all); bytes are what XLA reserves beside the arguments. `full` lists every block; `causal` the
+lower triangle and masks its diagonal blocks, beside dense causal attention. One compiled program
+serves all patterns of a length. One row of each length has the milliseconds of every kernel, from
+the profiler, so that what the kernels take and what is between them can be told apart, and what the
+portable implementation takes.
 """
 
 import argparse
+import dataclasses
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flex import flex_attention
-from gpu import BLOCK, PATTERNS, kernels, milliseconds, repeated
+from gpu import BLOCK, PATTERNS, both, kernels, milliseconds, repeated
 from harness import save
 
 import sparsax
 
-
-def both(attend):
-    """Forward and backward as one function of `(q, k, v, do, *rest)`."""
-
-    def run(q, k, v, do, *rest):
-        o, pull = jax.vjp(lambda q, k, v: attend(q, k, v, *rest), q, k, v)
-        return o, pull(do)
-
-    return run
+KINDS = ("forward_ms", "both_ms")
+DETAILED = "spion", 0.09  # pattern and least density of the row with kernels and portable path
 
 
-def time_both(attend, arrays, *rest, calls: int, count_bytes: bool = False) -> dict[str, float]:
-    """Milliseconds of forward alone and of forward and backward."""
-    step = both(attend)
-    row = {
-        "forward_ms": milliseconds(repeated(attend, calls), *arrays[:3], *rest, calls=calls),
-        "both_ms": milliseconds(repeated(step, calls), *arrays, *rest, calls=calls),
-    }
-    if count_bytes:
-        memory = jax.jit(step).lower(*arrays, *rest).compile().memory_analysis()
-        row["bytes"] = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return row
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Compiled loops of one kind of attention at one size: forward, forward and backward."""
+
+    calls: int
+    forward: Future
+    both: Future
+
+    @classmethod
+    def start(cls, pool: ThreadPoolExecutor, attend, arrays, *rest, calls: int) -> "Programs":
+        """Traces them here and compiles them in the pool."""
+        compile_ = lambda function, *args: pool.submit(
+            repeated(function, calls).lower(*args, *rest).compile
+        )
+        return cls(calls, compile_(attend, *arrays[:3]), compile_(both(attend), *arrays))
+
+    def time(self, arrays, *rest) -> dict[str, float]:
+        """Milliseconds of forward alone, and of forward and backward with their bytes."""
+        memory = self.both.result().memory_analysis()
+        return {
+            "forward_ms": milliseconds(self.forward.result(), *arrays[:3], *rest, calls=self.calls),
+            "both_ms": milliseconds(self.both.result(), *arrays, *rest, calls=self.calls),
+            "bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
+        }
+
+    def kernels(self, arrays, *rest) -> dict[str, float]:
+        """Milliseconds of every kernel of a forward and backward pass."""
+        found = kernels(self.both.result(), *arrays, *rest, calls=1)
+        return {name: time / self.calls for name, time in found.items()}
 
 
-def cases(args, blocks: int):
-    """`(name, block mask, causal)` of every pattern and density."""
-    for name in args.patterns:
-        for density in args.densities:
-            yield name, PATTERNS[name](args.heads, blocks, density), False
-    if args.causal:
-        every = np.ones((args.heads, blocks, blocks), bool)
-        yield "full", every, False
-        yield "causal", np.tril(every), True
+class Length:
+    """Everything measured at one head dim and length, compiled before anything is timed."""
 
+    def __init__(self, features: int, length: int, args, pool: ThreadPoolExecutor):
+        self.features, self.length, self.args = features, length, args
+        self.blocks = length // BLOCK
+        self.shape = 1, length, args.heads, features
+        array = jax.ShapeDtypeStruct(self.shape, jnp.bfloat16)
+        every = self.pattern(np.ones((args.heads, self.blocks, self.blocks), bool))
 
-def compare(features: int, length: int, args) -> list[dict]:
-    """Rows of every pattern at one head dim and length, each beside dense attention."""
-    arrays = jax.random.normal(
-        jax.random.key(0), (4, 1, length, args.heads, features), jnp.bfloat16
-    )
-    calls = max(2, min(50, 2**17 // length))
-    sparse = partial(sparsax.block_sparse_attention, implementation=args.implementation)
-    dense = partial(jax.nn.dot_product_attention, implementation=args.dense)
-    beside, timers, rows = {}, {}, []
-    peer = flex_attention(args.heads, length, features, BLOCK) if args.flex else None
-    for name, mask, causal in cases(args, length // BLOCK):
-        if causal not in beside:
-            beside[causal] = time_both(
-                partial(dense, is_causal=causal), arrays, calls=calls, count_bytes=True
+        def programs(attend, *rest, calls, **options):
+            attend = partial(attend, **options)
+            return Programs.start(pool, attend, (array,) * 4, *rest, calls=calls)
+
+        calls, self.sparse, self.dense = max(2, min(50, 2**17 // length)), {}, {}
+        for causal in (False, True) if length in args.causal else (False,):
+            self.sparse[causal] = programs(
+                sparsax.block_sparse_attention, every, calls=calls, causal=causal,
+                implementation=args.implementation,
+            )  # fmt: skip
+            self.dense[causal] = programs(
+                jax.nn.dot_product_attention, calls=calls, is_causal=causal,
+                implementation=args.dense,
+            )  # fmt: skip
+        self.portable = None
+        if length in args.portable:
+            self.portable = programs(
+                sparsax.block_sparse_attention, every, calls=2, implementation="xla"
             )
-            timers[causal] = partial(sparse, causal=causal)
-        pattern = sparsax.BlockPattern.from_block_mask(mask, q_len=length, block_q=BLOCK)
-        row = {
-            "features": features, "length": length, "pattern": name, "density": mask.mean().item(),
-            **time_both(timers[causal], arrays, pattern, calls=calls, count_bytes=not rows),
-            "dense": beside[causal],
-            "kernels_ms": kernels(jax.jit(both(timers[causal])), *arrays, pattern),
-        }  # fmt: skip
-        if peer is not None and not causal:
-            row["flex"] = dict(zip(("forward_ms", "both_ms"), peer(mask), strict=True))
-        rows.append(row)
-        show(row, args.heads)
-    return rows
+
+    def pattern(self, mask: np.ndarray) -> sparsax.BlockPattern:
+        """The pattern of a block mask."""
+        return sparsax.BlockPattern.from_block_mask(mask, q_len=self.length, block_q=BLOCK)
+
+    def cases(self):
+        """`(name, block mask, causal)` of every pattern."""
+        for name in self.args.patterns:
+            last = 0
+            for density in sorted(self.args.densities):
+                mask = PATTERNS[name](self.args.heads, self.blocks, density)
+                if mask.sum() > last:  # few blocks cannot be all that sparse
+                    yield name, mask, False
+                last = mask.sum()
+        every = np.ones((self.args.heads, self.blocks, self.blocks), bool)
+        yield "full", every, False
+        if True in self.sparse:
+            yield "causal", np.tril(every), True
+
+    def measure(self):
+        """Its rows."""
+        arrays = jax.random.normal(jax.random.key(0), (4, *self.shape), jnp.bfloat16)
+        dense = {causal: programs.time(arrays) for causal, programs in self.dense.items()}
+        peer = None
+        if self.length in self.args.flex:
+            peer = flex_attention(self.args.heads, self.length, self.features, BLOCK)
+        detailed = False
+        for name, mask, causal in self.cases():
+            pattern, programs = self.pattern(mask), self.sparse[causal]
+            row = {
+                "features": self.features, "length": self.length, "pattern": name,
+                "density": mask.mean().item(), **programs.time(arrays, pattern),
+                "dense": dense[causal],
+            }  # fmt: skip
+            if name == DETAILED[0] and row["density"] >= DETAILED[1] and not detailed:
+                detailed = True
+                row["kernels_ms"] = programs.kernels(arrays, pattern)
+                if self.portable is not None:
+                    row["portable"] = self.portable.time(arrays, pattern)
+            if peer is not None and not causal:
+                row["flex"] = dict(zip(KINDS, peer(mask), strict=True))
+            yield row
 
 
 def show(row: dict, heads: int) -> None:
@@ -99,12 +146,15 @@ def show(row: dict, heads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    lengths = [1024, 2048, 4096, 8192, 16384, 32768]
+    parser.add_argument("--lengths", type=int, nargs="+", default=lengths)
     parser.add_argument("--features", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.25])
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
-    parser.add_argument("--causal", action="store_true", help="also the full and causal patterns")
-    parser.add_argument("--flex", action="store_true", help="also PyTorch's FlexAttention")
+    add_lengths = partial(parser.add_argument, type=int, nargs="*", metavar="LENGTH")
+    add_lengths("--causal", default=lengths, help="lengths with the causal pattern")
+    add_lengths("--portable", default=[1024, 4096, 16384], help="with the portable path")
+    add_lengths("--flex", default=[], help="with PyTorch's FlexAttention")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--implementation", default="pallas", choices=["pallas", "xla"])
     parser.add_argument("--dense", default="cudnn", choices=["cudnn", "xla"])
@@ -113,8 +163,14 @@ def main() -> None:
     print("  H length pattern density | forward ms, TFLOP/s, x dense (, x flex) | and backward")
     rows = []
     for features in args.features:
-        for length in args.lengths:
-            rows += compare(features, length, args)
+        begin = time.perf_counter()
+        with ThreadPoolExecutor() as pool:
+            every = [Length(features, length, args, pool) for length in args.lengths]
+        print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+        for each in every:
+            for row in each.measure():
+                rows.append(row)
+                show(row, args.heads)
             save(args.name, rows)  # what there is, should the run be stopped
     print(save(args.name, rows))
 

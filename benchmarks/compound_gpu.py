@@ -19,9 +19,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attention_gpu import both, time_both
 from flex import flex_compound
-from gpu import kernels
+from gpu import both, kernels, time_both
 from harness import save
 
 import sparsax

@@ -49,30 +49,32 @@ def bigbird(heads: int, blocks: int, density: float, seed: int = 0) -> np.ndarra
 PATTERNS = {"spion": spion_like, "window": window, "bigbird": bigbird, "random": randomly}
 
 
+def both(attend):
+    """Forward and backward as one function of `(q, k, v, do, *rest)`."""
+
+    def run(q, k, v, do, *rest):
+        o, pull = jax.vjp(lambda q, k, v: attend(q, k, v, *rest), q, k, v)
+        return o, pull(do)
+
+    return run
+
+
 def repeated(function, calls: int):
     """A jitted function that calls `function` so often, one call after the other.
 
     As in a training step, the host is out of the way: it would take longer to dispatch a call than
-    a GPU takes for a short one. One number of q, and of every array that does not hold floats,
-    hangs on what the last call wrote, so that XLA can take none of the work out of the loop.
+    a GPU takes for a short one. Barriers tie the arguments of a call to what the last one wrote, so
+    that XLA can take none of the work out of the loop, and compute no less than all results.
     """
 
-    def touch(x, zero):
-        return x.at[(0,) * x.ndim].add(zero.astype(x.dtype)) if x.size else x
-
     @jax.jit
-    def run(q, *rest):
-        def body(args, _):
-            # The barrier, because XLA would compute no more of a result than is read.
-            leaves = jax.tree.leaves(jax.lax.optimization_barrier(function(*args)))
-            zero = 0 * sum(x[(0,) * x.ndim].astype(np.float32) for x in leaves)
-            q, *rest = args
-            rest = jax.tree.map(
-                lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else touch(x, zero), rest
-            )
-            return (touch(q, zero), *rest), zero
+    def run(*args):
+        def body(last, _):
+            of_call, _ = jax.lax.optimization_barrier((args, last))
+            leaves = jax.tree.leaves(jax.lax.optimization_barrier(function(*of_call)))
+            return sum(x[(0,) * x.ndim].astype(np.float32) for x in leaves), None
 
-        return jax.lax.scan(body, (q, *rest), length=calls)[1]
+        return jax.lax.scan(body, jnp.float32(0), length=calls)[0]
 
     return run
 
@@ -86,6 +88,19 @@ def milliseconds(run, *args, calls: int, repeats: int = 5) -> float:
         jax.block_until_ready(run(*args))
         found.append((time.perf_counter() - begin) / calls)
     return 1e3 * float(np.median(found))
+
+
+def time_both(attend, arrays, *rest, calls: int, count_bytes: bool = False) -> dict[str, float]:
+    """Milliseconds of forward alone and of forward and backward."""
+    step = both(attend)
+    row = {
+        "forward_ms": milliseconds(repeated(attend, calls), *arrays[:3], *rest, calls=calls),
+        "both_ms": milliseconds(repeated(step, calls), *arrays, *rest, calls=calls),
+    }
+    if count_bytes:
+        memory = jax.jit(step).lower(*arrays, *rest).compile().memory_analysis()
+        row["bytes"] = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return row
 
 
 def queued_milliseconds(run, wait, *, calls: int, repeats: int = 5) -> float:

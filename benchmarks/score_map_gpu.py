@@ -14,8 +14,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from attention_gpu import both
-from gpu import kernels, milliseconds, repeated
+from gpu import both, kernels, milliseconds, repeated
 from harness import save
 
 import sparsax

@@ -9,8 +9,8 @@ import pytest
 
 import sparsax
 from sparsax import block_sparse_attention, pallas
-from sparsax.pallas.block_sparse import attention, schedule
 from sparsax.pallas.block_sparse import config as configs
+from sparsax.pallas.block_sparse import deal, schedule
 from tests.helpers import assert_near
 from tests.pallas.cases import KERNEL_CASES, LARGE, SMALL
 
@@ -72,8 +72,8 @@ def test_kernels_match_the_reference_and_repeat_their_bits(c):
 def test_split_rows_add_up_interpreted(monkeypatch):
     # On a GPU this small every column of the cross is long: it is cut, and its parts are added.
     monkeypatch.setattr(schedule, "multiprocessors", lambda: 9)
-    monkeypatch.setattr(schedule, "LEAST", 1)
-    monkeypatch.setattr(attention, "LONG", 1)
+    monkeypatch.setattr(deal, "LEAST", 1)
+    monkeypatch.setattr(schedule, "LONG", 1)
     with pallas.interpreted(detect_races=True):
         check(next(c for c in KERNEL_CASES if c.name == "h128_mqa"))
 

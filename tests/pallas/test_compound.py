@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsax import Band, CompoundPattern, compound_attention, pallas, patterns
-from sparsax.pallas.block_sparse import attention, schedule
+from sparsax.pallas.block_sparse import deal, schedule
 from sparsax.pallas.compound import rows
 from sparsax.patterns import compound
 from tests.helpers import assert_near
@@ -88,8 +88,8 @@ def test_chunks_of_global_rows_are_joined_interpreted(name, monkeypatch):
 def test_split_rows_of_packed_keys_add_up_interpreted(monkeypatch):
     # On a GPU this small the rows of packed keys are long in every sample: they are cut.
     monkeypatch.setattr(schedule, "multiprocessors", lambda: 9)
-    monkeypatch.setattr(schedule, "LEAST", 1)
-    monkeypatch.setattr(attention, "LONG", 1)
+    monkeypatch.setattr(deal, "LEAST", 1)
+    monkeypatch.setattr(schedule, "LONG", 1)
     with pallas.interpreted(detect_races=True):
         check(case("longformer_padded_own"))
 

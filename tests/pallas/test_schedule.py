@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsax
+from sparsax import pallas
 from sparsax.layouts import INVALID
-from sparsax.pallas.block_sparse import schedule as schedules
-from sparsax.pallas.block_sparse.schedule import Schedule
+from sparsax.pallas.block_sparse.deal import LEAST, deal
+from sparsax.pallas.block_sparse.schedule import PIECES, Schedule
 from sparsax.pallas.block_sparse.tiles import ROWS, Bounds, tile_lists
 from sparsax.pallas.hopper import multiprocessors
 
@@ -56,16 +57,27 @@ def test_an_invalid_row_block_makes_its_tile_invalid():
     assert tiles.full.tolist() == [[1, 0]]
 
 
-works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=60)
+def table_of(plan, work, *extra):
+    with pallas.interpreted():
+        options = {"interpret": pallas.interpret()}
+    table, splits = deal(plan, *(jnp.asarray(x, jnp.int32) for x in (work, *extra)), **options)
+    return np.asarray(table), None if splits is None else np.asarray(splits)
 
 
-@settings(deadline=None, max_examples=25)
-@given(work=works, owners=st.integers(1, 3), copies=st.integers(1, 4), split=st.booleans())
-def test_every_tile_of_every_row_and_copy_is_done_exactly_once(work, owners, copies, split):
+works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=20)
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    work=works,
+    owners=st.integers(1, 3),
+    copies=st.integers(1, 4),
+    longest=st.sampled_from((9, 400)),
+)
+def test_every_tile_of_every_row_and_copy_is_done_exactly_once(work, owners, copies, longest):
     work = np.resize(np.array(work, np.int32), (owners, len(work)))
-    plan = Schedule(owners, work.shape[1], copies, 400, split)
-    table, splits = plan.table(jnp.asarray(work), jnp.asarray(work + 7))
-    table = np.asarray(table)
+    plan = Schedule(owners, work.shape[1], copies, longest)
+    table, splits = table_of(plan, work, work + 7)
     done = [[] for _ in range(work.size * copies)]
     items = [
         plan.read(np.int32(block), np.int32(slot), table, 1)
@@ -89,7 +101,7 @@ def test_every_tile_of_every_row_and_copy_is_done_exactly_once(work, owners, cop
         assert ends[-1] == work.ravel()[index // copies]
         assert (len(pieces) > 1) == (pieces[0][2] >= 0)
     assert all(len(rows) == 1 for (part, _), rows in parts.items() if part >= 0)
-    if split:
+    if plan.extra:
         listed = {
             int(row): [plan.extra + nth, *range(nth, nth + int(more))]
             for nth, (row, more) in enumerate(np.asarray(splits).T)
@@ -103,21 +115,51 @@ def test_every_tile_of_every_row_and_copy_is_done_exactly_once(work, owners, cop
 
 
 def test_long_rows_start_first_and_no_item_outlasts_its_share():
-    work = np.full((16, 128), 9, np.int32)
+    work = np.full((2, 128), 9, np.int32)
     work[:, [5, 90]] = 128
-    plain = Schedule(16, 128, 1, 128)
-    read = lambda plan, block: plan.read(np.int32(block), np.int32(0), table, 0)
-    table = np.asarray(plain.table(jnp.asarray(work))[0])
-    assert {int(read(plain, block).row) for block in range(32)} == {5, 90}
-    few = Schedule(1, 128, 1, 128, split=True)
-    table = np.asarray(few.table(jnp.asarray(work[:1]))[0])
-    share = max(schedules.LEAST, work[0].sum() / (schedules.PIECES * multiprocessors()))
-    spans = [read(few, block) for block in range(few.thread_blocks)]
+    read = lambda plan, table, block: plan.read(np.int32(block), np.int32(0), table, 0)
+    whole = Schedule(2, 128, multiprocessors(), 128)
+    table, _ = table_of(whole, work)
+    first = [read(whole, table, block) for block in range(multiprocessors())]
+    assert {int(item.row) for item in first} == {5}
+    assert {int(item.owner) for item in first} == {0}
+    few = Schedule(1, 128, 1, 128)
+    table, _ = table_of(few, work[:1])
+    share = max(LEAST, work[0].sum() / (PIECES * multiprocessors()))
+    spans = [read(few, table, block) for block in range(few.thread_blocks)]
     assert max(int(item.last) - int(item.first) for item in spans) <= share
 
 
+def test_heads_take_turns_where_lists_are_short():
+    work = np.arange(1, 33) * np.ones((5, 1), int)
+    plan = Schedule(5, 32, 1, 31)
+    table, splits = table_of(plan, work)
+    first = [plan.read(np.int32(block), np.int32(0), table, 0) for block in range(10)]
+    assert splits is None
+    assert [int(item.row) for item in first] == [31] * 5 + [30] * 5
+    assert [int(item.owner) for item in first] == [*range(5)] * 2
+
+
+def test_more_rows_than_registers_hold(monkeypatch):
+    monkeypatch.setattr("sparsax.pallas.block_sparse.deal.CHUNK", 512)
+    work = np.random.default_rng(0).integers(0, 40, (3, 130)).astype(np.int32)
+    work[0, 3] = work[2, 129] = 900
+    plan = Schedule(3, 130, 1, 1000)
+    table, splits = table_of(plan, work)
+    share = max(LEAST, -(-work.sum() // plan.extra))
+    more = np.maximum(work - 1, 0) // share
+    assert table[0] == more.sum() > 0
+    rows, counts = splits
+    assert [(r, m) for r, m in zip(rows, counts, strict=True) if m] == [
+        (i, m) for i, m in enumerate(more.ravel()) if m
+    ]
+    order = table[1 + plan.extra : 1 + plan.extra + work.size].reshape(work.shape)
+    want = np.argsort(-work, axis=-1, kind="stable") + 130 * np.arange(3)[:, None]
+    assert (order == want).all()
+
+
 def test_thread_blocks_that_stay_do_most_and_the_rest_is_done_one_by_one():
-    plan = Schedule(16, 128, 1, 128)
+    plan = Schedule(16, 128, 1, 31)
     blocks = multiprocessors()
     assert (plan.staying, plan.dealt) == (blocks, 3 * 2048 // (4 * blocks))
     assert plan.thread_blocks == blocks + 2048 - plan.dealt * blocks
@@ -126,8 +168,9 @@ def test_thread_blocks_that_stay_do_most_and_the_rest_is_done_one_by_one():
 
 
 def test_copies_that_keep_the_gpu_busy_leave_rows_whole():
-    plan = Schedule(1, 64, 600, 4000, split=True)
-    work = jnp.full((1, 64), 5).at[0, 3].set(4000)
-    table, splits = plan.table(work)
+    plan = Schedule(1, 64, 600, 4000)
+    work = np.full((1, 64), 5)
+    work[0, 3] = 4000
+    table, splits = table_of(plan, work)
     assert (plan.extra, plan.parts, splits) == (0, 0, None)
     assert table.shape == (1 + 4 * 64,)

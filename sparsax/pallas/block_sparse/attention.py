@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from sparsax.pallas.block_sparse.combine import combine
 from sparsax.pallas.block_sparse.config import Config, best_config
+from sparsax.pallas.block_sparse.deal import deal
 from sparsax.pallas.block_sparse.dkv import dkv_kernel
 from sparsax.pallas.block_sparse.dq import dq_kernel
 from sparsax.pallas.block_sparse.forward import forward_kernel
@@ -12,8 +13,6 @@ from sparsax.pallas.block_sparse.schedule import Schedule, units
 from sparsax.pallas.block_sparse.tiles import ROWS, TileLists, tile_lists
 from sparsax.pallas.hopper import LOG2E
 from sparsax.pallas.support import vary
-
-LONG = 32  # lists that may take this many units of work may be worth cutting
 
 
 def forward(
@@ -35,7 +34,7 @@ def run_forward(
     is empty or the packed keys and their values.
     """
     tiling = (config or best_config(problem)).forward
-    schedule, table, splits = _of_queries(problem, lists)
+    schedule, table, splits = _of_queries(problem, lists, interpret)
     kernel = forward_kernel(
         problem, schedule, lists.bits is not None, **tiling.keywords, interpret=interpret
     )
@@ -74,7 +73,7 @@ def run_backward(
     lse = jnp.pad(lse, padded, constant_values=jnp.inf)
     vectors = *(_copyable(x) for x in (q, k, v, do)), lse, delta
 
-    schedule, table, splits = _of_queries(problem, by_query)
+    schedule, table, splits = _of_queries(problem, by_query, interpret)
     kernel = dq_kernel(
         problem, schedule, by_query.bits is not None, **config.dq.keywords, interpret=interpret
     )
@@ -94,8 +93,8 @@ def _of_keys(problem: Problem, tiling, lists: TileLists, ids, packed, vectors, i
     queries = problem.N // max(problem.P, problem.K)  # heads of a kv head that walk one list
     longest = queries * work.shape[1] * units(lists.cols.shape[-1], problem.block_q)
     copies = problem.B // samples * (problem.K // owners)
-    schedule = Schedule(samples * owners, rows, copies, longest, split=longest >= LONG)
-    table, splits = schedule.table(queries * work.sum(1))
+    schedule = Schedule(samples * owners, rows, copies, longest)
+    table, splits = deal(schedule, queries * work.sum(1), interpret=interpret)
     operands = *_operands(lists, table, ids, packed), *vectors
     parts = []
     for features in [(0, 128), (128, 256)] if problem.H == 256 else [None]:
@@ -113,13 +112,13 @@ def _of_keys(problem: Problem, tiling, lists: TileLists, ids, packed, vectors, i
     return [jnp.concatenate(x, -1) for x in zip(*parts, strict=True)]
 
 
-def _of_queries(problem: Problem, lists: TileLists):
+def _of_queries(problem: Problem, lists: TileLists, interpret):
     """The schedule of the forward pass and of dQ, its table and that of split rows."""
     work = units(jnp.maximum(lists.count, 0), problem.block_kv)
     longest = units(lists.cols.shape[-1], problem.block_kv)
     copies = problem.B // problem.samples * (problem.N // problem.P)
-    schedule = Schedule(problem.owners, work.shape[1], copies, longest, split=longest >= LONG)
-    return schedule, *schedule.table(work, lists.full, lists.count)
+    schedule = Schedule(problem.owners, work.shape[1], copies, longest)
+    return schedule, *deal(schedule, work, lists.full, lists.count, interpret=interpret)
 
 
 def _problem(q, k, counts, q_ids, block_q, block_kv, scale, causal, window) -> Problem:

@@ -18,7 +18,7 @@ STRIP = 64  # rows joined by one warpgroup, as many as its registers hold
 def combine(schedule: Schedule, samples: int, splits, parts, targets, interpret):
     """`targets [B, S, K, H]` with the row tiles of split rows filled in from their pieces.
 
-    `samples` is 1 where all share their lists. `splits [2, E]` is from `Schedule.table`, `parts`
+    `samples` is 1 where all share their lists. `splits [2, E]` is from `deal`, `parts`
     are from the kernel that wrote them: sums `[part and copy, target, 128, H]`, which are added; or
     the outputs of softmax attention `[part and copy, 1, 128, H]` and their log-sum-exps
     `[part and copy, 128]` in units of log 2, which are averaged by weight: then the last target is

@@ -4,8 +4,9 @@ The GPU hands thread blocks out in order, each as soon as a multiprocessor is fr
 that does several tiles hides the loads of the next behind the current one, but many of them of
 equal length leave multiprocessors idle at the end: so one for each multiprocessor does three
 quarters of the tiles, and thread blocks of one tile each, handed out to whoever is done, even out
-the rest. Long rows start first, and are cut where one of them would outlast everything else; tiles
-of one head run together, since they share its columns in the L2 cache.
+the rest. The long rows of every head start first, and are cut where one of them would outlast
+everything else; the other rows of a head run together, since they share its columns in the L2
+cache.
 """
 
 import dataclasses
@@ -14,15 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
 
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import multiprocessors
 
-LONG = 2  # a row tile with this many times the mean work starts before all others
+LONG = 32  # units: where no list is longer, rows stay whole
 PIECES = 4  # a row is cut into pieces of this fraction of what one multiprocessor does
-LEAST = 8  # but of no less than this work: each costs about as much as two units more
-FEW = 8192  # so many numbers are ranked and summed by looking at every pair of them
+EARLY = 8  # this fraction of each head's rows, the longest ones, is done before all others
 
 
 class Item(NamedTuple):
@@ -51,15 +50,15 @@ class Schedule:
     """How row tiles are dealt to thread blocks.
 
     Each of `owners` heads has `tiles` row tiles, of `longest` units of work at most, done for each
-    of `copies` (samples, and heads that share the pattern). With `split`, a row of more than its
-    fair share of the work is cut into pieces, whose sums are added later, in order.
+    of `copies` (samples, and heads that share the pattern). Where rows may be long and are few, one
+    of more than its fair share of the work is cut into pieces, whose sums are added later, in
+    order.
     """
 
     owners: int
     tiles: int
     copies: int
     longest: int
-    split: bool = False
 
     @property
     def rows(self) -> int:
@@ -72,8 +71,9 @@ class Schedule:
 
         0 where the copies of a row alone keep the GPU busy: then nothing is cut.
         """
-        few = self.copies < multiprocessors()
-        return PIECES * multiprocessors() // self.copies if self.split and few else 0
+        if self.longest < LONG or self.copies >= multiprocessors():
+            return 0
+        return PIECES * multiprocessors() // self.copies
 
     @property
     def items(self) -> int:
@@ -84,6 +84,11 @@ class Schedule:
     def parts(self) -> int:
         """Places for the sums of pieces: the later ones of all rows, then the first ones."""
         return 2 * self.extra
+
+    @property
+    def early(self) -> int:
+        """Ranks done head by head in turn; where all lists are short, the L2 cache holds all."""
+        return self.tiles if self.longest < LONG else -(-self.tiles // EARLY)
 
     @property
     def dealt(self) -> int:
@@ -110,71 +115,31 @@ class Schedule:
         """Thread blocks of the launch."""
         return self.staying + self.passing
 
-    def table(
-        self, work: Int[Array, "A R"], *extra: Int[Array, "A R"]
-    ) -> tuple[Int[Array, " F"], Int[Array, "2 E"] | None]:
-        """What `read` reads; and for each added piece, if it is a row's second, row and additions.
-
-        `work` is the units of each row's list, `extra` what else its kernel wants to know of it.
-        """
-        work, others = work.reshape(-1), [x.reshape(-1) for x in extra]
-        total, here = work.sum(), jnp.arange(self.rows)
-        row, first, last, part, splits = here, 0 * work, work, 0 * work - 1, None
-        if self.extra:
-            row, first, last, part, splits = self._cut(work, total)
-            own = jnp.minimum(row, self.rows - 1)
-            others = [x[own] for x in others]
-        weight = jnp.where(row < self.rows, last - first, -1)
-        long = weight * self.rows > LONG * total
-        # Long ones first, whatever their head; then head after head, long before short.
-        owner = jnp.minimum(row // self.tiles, self.owners - 1)
-        key = jnp.where(long, self.owners, self.owners - 1 - owner) * (self.longest + 1) + weight
-        order = _descending(jnp.where(weight < 0, -1, key))
-        fields = jnp.where(row < self.rows, row, -1), first, last, part, *others
-        columns = [long.sum()[None], *(x[order] for x in fields)]
-        return jnp.concatenate([c.astype(jnp.int32) for c in columns]), splits
-
-    def _cut(self, work, total):
-        """Fields of all items, the added pieces last, and the table of splits."""
-        share = jnp.maximum(LEAST, -(-total // self.extra))  # so at most `extra` are added
-        more = jnp.maximum(work - 1, 0) // share
-        ends = _running_sum(more)
-        nth = jnp.arange(self.extra)
-        row = (ends <= nth[:, None]).sum(-1)  # `rows` where there is no piece
-        own = jnp.minimum(row, self.rows - 1)
-        number = nth - (ends - more)[own] + 1
-        length = -(-work // (more + 1))
-        first = jnp.minimum(number * length[own], work[own])
-        last = jnp.minimum(first + length[own], work[own])
-        part = jnp.where(more > 0, self.extra + ends - more, -1)
-        second = (row < self.rows) & (number == 1)
-        splits = jnp.stack([own, jnp.where(second, more[own], 0)]).astype(jnp.int32)
-        with_whole = lambda whole, pieces: jnp.concatenate([whole, pieces])
-        return (
-            with_whole(jnp.arange(self.rows), row), with_whole(0 * work, first),
-            with_whole(jnp.minimum(length, work), last), with_whole(part, nth), splits,
-        )  # fmt: skip
-
     def read(self, block, slot, table, extra: int) -> Item:
-        """Item number `slot` of a thread block, from a reference to the table."""
-        count, dealt = self.rows + self.extra, self.dealt * self.staying
+        """Item number `slot` of a thread block, from a reference to what `deal` wrote."""
+        dealt, ahead = self.dealt * self.staying, self.owners * self.copies
         # Folded, so that a thread block gets long and short ones.
         fold = jnp.where(slot % 2 == 1, self.staying - 1 - block, block) + slot * self.staying
         stays = block < self.staying
         place = jnp.where(stays, fold, dealt + block - self.staying + slot * self.passing)
-        there = (slot < self._slots(stays)) & (place < self.items)
+        pieces = table[0] * self.copies  # the added ones, which come before all rows
+        there = (slot < self._slots(stays)) & (place < pieces + self.rows * self.copies)
         place = jnp.where(there, place, 0)
-        long = table[0]
-        rest = jnp.maximum(count - long, 1)
-        after = place - long * self.copies
-        early, later = after < 0, jnp.maximum(after, 0)
-        rank = jnp.where(early, place // self.copies, long + lax.rem(later, rest))
-        copy = jnp.where(early, lax.rem(place, jnp.int32(self.copies)), later // rest)
-        row, first, last, part, *more = (table[1 + i * count + rank] for i in range(4 + extra))
-        there &= row >= 0
-        safe = jnp.maximum(row, 0)
+        early = jnp.maximum(place - pieces, 0)
+        later = jnp.maximum(early - self.early * ahead, 0)
+        late = max(self.tiles - self.early, 1)
+        is_early = early < self.early * ahead
+        rank = jnp.where(is_early, early // ahead, self.early + lax.rem(later, jnp.int32(late)))
+        owner = jnp.where(is_early, early // self.copies, later // late)
+        owner = lax.rem(owner, jnp.int32(self.owners))
+        copy = lax.rem(jnp.where(place < pieces, place, early), jnp.int32(self.copies))
+        copy = jnp.where(is_early, copy, later // (late * self.owners))
+        index = self.extra + owner * self.tiles + rank
+        index = jnp.where(place < pieces, place // self.copies, index)
+        fields = (table[1 + i * (self.extra + self.rows) + index] for i in range(4 + extra))
+        row, first, last, part, *more = fields
         return Item(
-            jnp.where(there, lax.rem(safe, jnp.int32(self.tiles)), -1), safe // self.tiles, copy,
+            jnp.where(there, lax.rem(row, jnp.int32(self.tiles)), -1), row // self.tiles, copy,
             first, jnp.where(there, last, first), part, tuple(jnp.where(there, x, 0) for x in more),
         )  # fmt: skip
 
@@ -196,25 +161,3 @@ def part_types(schedule: Schedule, *shapes: tuple[int, ...]) -> tuple[jax.ShapeD
     """Float32 outputs of a kernel for the pieces of split rows, of such a shape each; if any."""
     places = schedule.parts * schedule.copies
     return tuple(jax.ShapeDtypeStruct((places, *s), jnp.float32) for s in shapes if places)
-
-
-def _descending(key: Int[Array, " M"]) -> Int[Array, " M"]:
-    """Where each rank is, from the largest key down, ties in place.
-
-    A few of them by counting who comes before, which is two small kernels and no sort.
-    """
-    count = key.shape[0]
-    if count > FEW:
-        return jnp.argsort(-key, stable=True)
-    here = jnp.arange(count, dtype=jnp.int32)
-    before = (key > key[:, None]) | ((key == key[:, None]) & (here < here[:, None]))
-    rank = before.sum(-1, dtype=jnp.int32)
-    return jnp.where(rank == here[:, None], here, 0).sum(-1)
-
-
-def _running_sum(x: Int[Array, " M"]) -> Int[Array, " M"]:
-    """The sum up to each number; of a few of them in one kernel, where a scan takes several."""
-    if x.shape[0] > FEW:
-        return jnp.cumsum(x)
-    here = jnp.arange(x.shape[0])
-    return jnp.where(here <= here[:, None], x, 0).sum(-1)

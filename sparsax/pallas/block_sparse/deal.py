@@ -1,0 +1,147 @@
+"""The table of a schedule, written by one small kernel where XLA would launch ten."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int
+
+from sparsax.pallas.block_sparse.schedule import Schedule
+
+LEAST = 8  # units of a piece of a row at least: each costs about as much as two units more
+STRIP = 8  # rows that a thread block ranks
+CHUNK = 4096  # numbers that its registers hold at once
+THREADS = 128
+
+
+def deal(
+    schedule: Schedule, work: Int[Array, "A R"], *extra: Int[Array, "A R"], interpret
+) -> tuple[Int[Array, " F"], Int[Array, "2 E"] | None]:
+    """What `Schedule.read` reads; and for each added piece, if it is a row's second, row and more.
+
+    `work` is the units of each row's list, `extra` what else its kernel wants to know of it. The
+    table is the number of added pieces, and then fields: of these pieces, and of each head's rows
+    from the longest to the shortest.
+
+    Every thread block adds up all work for itself, so that none waits for another.
+    """
+    s = schedule
+    items, strips = s.extra + s.rows, -(-s.tiles // STRIP)
+    width = -(-s.tiles // THREADS) * THREADS
+    flat = work.reshape(-1)
+    flat = jnp.pad(flat, (0, max(0, width - s.rows)))
+    chunk = min(CHUNK, flat.size // THREADS * THREADS)
+    chunks = -(-flat.size // chunk)
+
+    def kernel(work, *refs):
+        others, (table, *splits) = refs[: len(extra)], refs[len(extra) :]
+        owner, strip = lax.axis_index("owner"), lax.axis_index("strip")
+        begin = owner * s.tiles
+        own, here = _load(work, begin, width)
+        of_head = (here >= begin) & (here < begin + s.tiles)
+
+        def put(index, *fields):
+            for i, x in enumerate(fields):
+                table[1 + i * items + index] = x
+
+        def rows_of(share, before):
+            """Ranks the strip's rows and cuts those of more than a share."""
+
+            def visit(i, _):
+                row = begin + strip * STRIP + i
+
+                @pl.when(row < begin + s.tiles)
+                def _():
+                    mine, fields = work[row], [x[row] for x in others]
+                    longer = (own > mine) | ((own == mine) & (here < row))
+                    place = s.extra + begin + jnp.where(longer & of_head, 1, 0).sum()
+                    if share is None:
+                        put(place, row, 0, mine, -1, *fields)
+                        return
+                    nth = before + jnp.where(of_head & (here < row), _pieces(own, share), 0).sum()
+                    more = _pieces(mine, share)
+                    length = lax.div(mine + more, more + 1)
+                    part = jnp.where(more > 0, s.extra + nth, -1)
+                    put(place, row, 0, jnp.minimum(length, mine), part, *fields)
+
+                    def cut(j, _):
+                        first = jnp.minimum((j + 1) * length, mine)
+                        last = jnp.minimum(first + length, mine)
+                        put(nth + j, row, first, last, nth + j, *fields)
+                        splits[0][0, nth + j] = row
+                        splits[0][1, nth + j] = jnp.where(j == 0, more, 0)
+
+                    lax.fori_loop(0, more, cut, None)
+
+            lax.fori_loop(0, STRIP, visit, None)
+
+        is_first = (owner == 0) & (strip == 0)
+        if not s.extra:
+            rows_of(None, None)
+
+            @pl.when(is_first)
+            def _():
+                table[0] = 0
+
+            return
+
+        every = lambda add, start: lax.fori_loop(0, chunks, add, start)
+
+        def of_chunk(i):
+            x, place = _load(work, i * chunk, chunk)
+            return jnp.where(place >= i * chunk, x, 0), place
+
+        total = every(lambda i, total: total + of_chunk(i)[0].sum(), jnp.int32(0))
+        # So that at most `extra` are added.
+        share = jnp.maximum(LEAST, lax.div(total + (s.extra - 1), jnp.int32(s.extra)))
+
+        def count(i, carry):
+            before, many = carry
+            work_of, place = of_chunk(i)
+            pieces = _pieces(work_of, share)
+            return before + jnp.where(place < begin, pieces, 0).sum(), many + pieces.sum()
+
+        before, many = every(count, (jnp.int32(0), jnp.int32(0)))
+        rows_of(share, before)
+
+        @pl.when(is_first)
+        def _():
+            table[0] = many
+
+        blocks = s.owners * strips
+
+        def unused(i, _):
+            nth = owner * strips + strip + i * blocks
+
+            @pl.when((nth >= many) & (nth < s.extra))
+            def _():
+                splits[0][0, nth] = 0
+                splits[0][1, nth] = 0
+
+        lax.fori_loop(0, -(-s.extra // blocks), unused, None)
+
+    int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    table, *splits = plgpu.kernel(
+        kernel,
+        out_type=(int32(1 + (4 + len(extra)) * items), *([int32(2, s.extra)] if s.extra else [])),
+        grid=(s.owners, strips),
+        grid_names=("owner", "strip"),
+        kernel_name="block_sparse_deal",
+        interpret=interpret,
+    )(flat, *(x.reshape(-1) for x in extra))
+    return table, splits[0] if splits else None
+
+
+def _load(ref, begin, size: int):
+    """So many numbers from a place on, and their places: earlier ones where the array ends."""
+    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=1)
+    begin = jnp.minimum(begin, ref.shape[0] - size)
+    x = plgpu.load(ref.at[pl.ds(begin, size)], layout=layout, optimized=False)
+    return x, begin + plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+
+
+def _pieces(work, share):
+    """How many pieces more than one rows are cut into; a share of the work each but the last."""
+    more = jnp.maximum(work - 1, 0)
+    return lax.div(more, jnp.broadcast_to(share, more.shape))
