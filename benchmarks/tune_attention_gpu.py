@@ -23,27 +23,27 @@ import sparsax
 from sparsax.pallas.block_sparse import attention
 from sparsax.pallas.block_sparse.config import TABLE, Config, Tiling
 
-# (tile, slots) that fit in shared memory, by head dim.
+# (tile, slots of tiles, of row tiles) that fit in shared memory, by head dim.
 FORWARD = {
-    32: [(128, 4), (128, 6)],
-    64: [(128, 4), (128, 3), (64, 6)],
-    96: [(128, 2), (64, 4)],
-    128: [(128, 2), (64, 4)],
-    256: [(64, 2), (32, 2)],
+    32: [(128, 4, 2), (128, 6, 1)],
+    64: [(128, 3, 1), (128, 3, 2)],
+    96: [(128, 2, 1), (64, 4, 2)],
+    128: [(128, 2, 1), (128, 2, 2)],
+    256: [(64, 2, 1), (32, 2, 1)],
 }
 DQ = {
-    32: [(128, 4), (64, 6)],
-    64: [(64, 6), (128, 3), (64, 4)],
-    96: [(64, 4), (64, 3)],
-    128: [(64, 4), (64, 3)],
-    256: [(32, 2)],
+    32: [(128, 4, 2), (64, 6, 2)],
+    64: [(128, 3, 1), (128, 3, 2), (64, 6, 2)],
+    96: [(64, 4, 1), (64, 3, 2)],
+    128: [(64, 3, 1), (64, 3, 2)],
+    256: [(32, 2, 1)],
 }
 DKV = {
-    32: [(128, 4), (64, 6)],
-    64: [(64, 4), (128, 3), (64, 6)],
-    96: [(64, 4), (64, 3)],
-    128: [(64, 3), (64, 2)],
-    256: [(32, 1)],
+    32: [(128, 4, 2), (64, 6, 2)],
+    64: [(128, 3, 1), (128, 3, 2), (64, 6, 2)],
+    96: [(64, 4, 1), (64, 3, 1)],
+    128: [(64, 2, 1)],
+    256: [(32, 1, 1)],
 }
 KERNELS = {
     "forward": "block_sparse_forward",
@@ -54,7 +54,10 @@ KERNELS = {
 
 def tilings(choices) -> list[Tiling]:
     """Every choice, with and without turns."""
-    return [Tiling(*choice, turns) for choice in choices for turns in (False, True)]
+    return [
+        Tiling(tile, stages, turns, row_slots)
+        for tile, stages, row_slots in choices for turns in (False, True)
+    ]  # fmt: skip
 
 
 def lists(pattern) -> tuple:
@@ -176,7 +179,7 @@ def best(rows: list[dict], kernel: str) -> Tiling:
         * sum(row["milliseconds"][name] / least[name] for name in names)
     )
     row = min(rows, key=cost)
-    return Tiling(row["tile"], row["stages"], row["turns"])
+    return Tiling(row["tile"], row["stages"], row["turns"], row["row_slots"])
 
 
 def main() -> None:

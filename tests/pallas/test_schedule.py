@@ -64,6 +64,10 @@ def table_of(plan, work, *extra):
     return np.asarray(table), None if splits is None else np.asarray(splits)
 
 
+def item_of(plan, table, block, slot=0, extra=0):
+    return plan.item(*plan.read(np.int32(block), np.int32(slot), table, table[0], extra))
+
+
 works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=20)
 
 
@@ -80,7 +84,7 @@ def test_every_tile_of_every_row_and_copy_is_done_exactly_once(work, owners, cop
     table, splits = table_of(plan, work, work + 7)
     done = [[] for _ in range(work.size * copies)]
     items = [
-        plan.read(np.int32(block), np.int32(slot), table, 1)
+        item_of(plan, table, block, slot, 1)
         for block in range(plan.thread_blocks)
         for slot in range(max(plan.dealt, plan.left) + 1)
     ]
@@ -117,16 +121,15 @@ def test_every_tile_of_every_row_and_copy_is_done_exactly_once(work, owners, cop
 def test_long_rows_start_first_and_no_item_outlasts_its_share():
     work = np.full((2, 128), 9, np.int32)
     work[:, [5, 90]] = 128
-    read = lambda plan, table, block: plan.read(np.int32(block), np.int32(0), table, 0)
     whole = Schedule(2, 128, multiprocessors(), 128)
     table, _ = table_of(whole, work)
-    first = [read(whole, table, block) for block in range(multiprocessors())]
+    first = [item_of(whole, table, block) for block in range(multiprocessors())]
     assert {int(item.row) for item in first} == {5}
     assert {int(item.owner) for item in first} == {0}
     few = Schedule(1, 128, 1, 128)
     table, _ = table_of(few, work[:1])
     share = max(LEAST, work[0].sum() / (PIECES * multiprocessors()))
-    spans = [read(few, table, block) for block in range(few.thread_blocks)]
+    spans = [item_of(few, table, block) for block in range(few.thread_blocks)]
     assert max(int(item.last) - int(item.first) for item in spans) <= share
 
 
@@ -134,7 +137,7 @@ def test_heads_take_turns_where_lists_are_short():
     work = np.arange(1, 33) * np.ones((5, 1), int)
     plan = Schedule(5, 32, 1, 31)
     table, splits = table_of(plan, work)
-    first = [plan.read(np.int32(block), np.int32(0), table, 0) for block in range(10)]
+    first = [item_of(plan, table, block) for block in range(10)]
     assert splits is None
     assert [int(item.row) for item in first] == [31] * 5 + [30] * 5
     assert [int(item.owner) for item in first] == [*range(5)] * 2

@@ -8,11 +8,16 @@ from sparsax.pallas.block_sparse.problem import Problem
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Columns of a tile, slots of the ring that holds tiles, and whether warpgroups take turns."""
+    """How a kernel uses shared memory, and whether its warpgroups take turns.
+
+    `tile` columns of a tile, `stages` slots of the ring that holds them, `row_slots` for what a row
+    tile keeps: with two of them, the next row tile arrives beside the work on this one.
+    """
 
     tile: int
     stages: int
     turns: bool = False
+    row_slots: int = 1
 
     @property
     def keywords(self) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def dkv_kernel(
     tile: int,
     stages: int,
     turns: bool,
+    row_slots: int,
     interpret,
     features: tuple[int, int] | None = None,
 ):
@@ -76,7 +77,7 @@ def dkv_kernel(
     def kernel(*refs, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ids_smem, out_smem,
                kv_bars, bars, turn_bars):  # fmt: skip
         lists, (q, k, v, do, lse, delta, dk, dv, *parts) = Lists.split(refs, bits, x)
-        kv_ring, ring = Ring(kv_bars, 1), Ring(bars, stages)
+        kv_ring, ring = Ring(kv_bars, row_slots), Ring(bars, stages)
         wg = lax.axis_index("wg")
 
         def where(item: Item):
@@ -117,12 +118,14 @@ def dkv_kernel(
                 @pl.when(item.row >= 0)
                 def _():
                     kv_ring.reserve(done)
+                    place = kv_ring.slot(done)
+                    filled = kv_ring.filled.at[place]
 
                     def bring(k, v, first):
                         for i in range(COMPUTE):
                             at = b, pl.ds(first + i * WG_ROWS, WG_ROWS), kv_head
-                            plgpu.copy_gmem_to_smem(k.at[at], k_smem.at[i], kv_ring.filled.at[0])
-                            plgpu.copy_gmem_to_smem(v.at[at], v_smem.at[i], kv_ring.filled.at[0])
+                            plgpu.copy_gmem_to_smem(k.at[at], k_smem.at[place, i], filled)
+                            plgpu.copy_gmem_to_smem(v.at[at], v_smem.at[place, i], filled)
 
                     first = item.row * ROWS
                     if not x.packed:
@@ -164,12 +167,13 @@ def dkv_kernel(
             plgpu.set_max_registers(232, action="increase")
             order = Turns(turn_bars, wg)
             order.open()
-            keys, values = k_smem.at[wg], v_smem.at[wg]
             row_in_tile = wg * WG_ROWS
 
             def differentiate(item: Item, carry):
                 done, begun = carry
                 b, kv_head = where(item)
+                place = kv_ring.slot(done)
+                keys, values = k_smem.at[place, wg], v_smem.at[place, wg]
                 first_row = jnp.maximum(item.row, 0) * ROWS + row_in_tile
                 rows = pl.ds(first_row, WG_ROWS)
                 row_ids = None
@@ -278,15 +282,15 @@ def dkv_kernel(
         schedule.thread_blocks,
         (out, out, *part_types(schedule, (2, ROWS, high - low))),
         interpret,
-        k_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),
-        v_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),
+        k_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
+        v_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         q_smem=shared((stages, tile, x.H), x.dtype),
         do_smem=shared((stages, tile, x.H), x.dtype),
         out_smem=shared((1 if features else 2, COMPUTE, WG_ROWS, high - low), x.dtype),
         lse_smem=vector(jnp.float32),
         delta_smem=vector(jnp.float32),
         ids_smem=vector(jnp.int32) if x.ids else None,
-        kv_bars=Ring.barriers(1, 2 * COMPUTE),
+        kv_bars=Ring.barriers(row_slots, 2 * COMPUTE),
         turn_bars=Turns.barrier(turns),
         bars=Ring.barriers(stages, columns.gather * (5 if x.ids else 4)),
     )

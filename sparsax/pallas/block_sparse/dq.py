@@ -32,8 +32,9 @@ from sparsax.pallas.hopper import (
 
 
 def dq_kernel(
-    x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool, interpret
-):
+    x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
+    row_slots: int, interpret,
+):  # fmt: skip
     """A function of `(table, full, count, cols, [bits], [ids], [packed], q, k, v, do, lse, delta)`.
 
     lse is in units of log 2 and infinite for a query that keeps nothing; both it and delta are
@@ -42,13 +43,13 @@ def dq_kernel(
     """
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
     masked, gain = columns.masked(bits), x.scale * LOG2E
-    roomy = x.H < 256
+    roomy = x.H * row_slots < 256
 
     def kernel(*refs, q_smem, do_smem, k_smem, v_smem, dq_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
         lists, (q, k, v, do, lse, delta, dq, *parts) = Lists.split(refs, bits, x)
         tiles = QueryTiles(x, columns, schedule, lists)
-        q_ring, k_ring, v_ring = Ring(q_bars, 1), Ring(k_bars, stages), Ring(v_bars, stages)
+        q_ring, k_ring, v_ring = Ring(q_bars, row_slots), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")
 
         @pl.when(wg == COMPUTE)
@@ -62,7 +63,6 @@ def dq_kernel(
             plgpu.set_max_registers(232, action="increase")
             order = Turns(turn_bars, wg)
             order.open()
-            queries, cotangents = q_smem.at[wg], do_smem.at[wg]
 
             def release(ring, step):
                 cores.before_release()
@@ -71,7 +71,8 @@ def dq_kernel(
             def differentiate(work: QueryTile, carry):
                 done, begun = carry
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
-                steps = work.steps
+                steps, place = work.steps, q_ring.slot(done)
+                queries, cotangents = q_smem.at[place, wg], do_smem.at[place, wg]
                 rows = pl.ds(jnp.maximum(work.row, 0) * ROWS + wg * WG_ROWS, WG_ROWS)
                 of_rows = lambda ref: plgpu.load(
                     ref.at[work.sample, work.head, rows], layout=ROW, optimized=False
@@ -165,7 +166,7 @@ def dq_kernel(
                         pl.when(work.part >= 0)(write_part)
                     pl.when(work.part < 0)(write)
                     if not roomy:
-                        plgpu.wait_smem_to_gmem(0)
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         q_ring.release(done)
 
                 return done + jnp.where(work.there, 1, 0), begun + steps
@@ -183,13 +184,13 @@ def dq_kernel(
             *part_types(schedule, (1, ROWS, x.H)),
         ),
         interpret,
-        q_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),
-        do_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),
+        q_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
+        do_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         k_smem=shared((stages, tile, x.H), x.dtype),
         v_smem=shared((stages, tile, x.H), x.dtype),
         dq_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype) if roomy else None,
         ids_smem=plgpu.SMEM((stages, tile), jnp.int32) if x.ids else None,
-        q_bars=Ring.barriers(1, 2 * COMPUTE),
+        q_bars=Ring.barriers(row_slots, 2 * COMPUTE),
         k_bars=Ring.barriers(stages, columns.gather * (2 if x.ids else 1)),
         v_bars=Ring.barriers(stages, columns.gather),
         turn_bars=Turns.barrier(turns),

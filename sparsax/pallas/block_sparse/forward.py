@@ -34,8 +34,9 @@ from sparsax.pallas.hopper import (
 
 
 def forward_kernel(
-    x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool, interpret
-):
+    x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
+    row_slots: int, interpret,
+):  # fmt: skip
     """A function of `(table, full, count, cols, [bits], [ids], [packed], q, k, v)`.
 
     ids are `q_ids, kv_ids`, packed the packed keys and their values, `[B, packed, K, H]`.
@@ -46,13 +47,14 @@ def forward_kernel(
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
     masked, scale = columns.masked(bits), x.scale * LOG2E
     gain = scale if scale > 0 else 1.0  # a positive factor may wait until after max and mask
-    roomy = x.H < 256  # o has space of its own, so that the next queries arrive meanwhile
+    # o has space of its own, so that the next queries arrive meanwhile, or that of its queries.
+    roomy = x.H * row_slots < 256
 
     def kernel(*refs, q_smem, k_smem, v_smem, o_smem, lse_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
         lists, (q, k, v, o, lse, *parts) = Lists.split(refs, bits, x)
         tiles = QueryTiles(x, columns, schedule, lists)
-        q_ring, k_ring, v_ring = Ring(q_bars, 1), Ring(k_bars, stages), Ring(v_bars, stages)
+        q_ring, k_ring, v_ring = Ring(q_bars, row_slots), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")
 
         @pl.when(wg == COMPUTE)
@@ -65,7 +67,6 @@ def forward_kernel(
             plgpu.set_max_registers(232, action="increase")
             order = Turns(turn_bars, wg)
             order.open()
-            queries = q_smem.at[wg]
 
             def release(ring, step):
                 cores.before_release()
@@ -80,7 +81,7 @@ def forward_kernel(
             def attend(work: QueryTile, carry):
                 done, begun = carry
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
-                steps = work.steps
+                steps, queries = work.steps, q_smem.at[q_ring.slot(done), wg]
                 find, kept = tiles.mask(work, wg)
 
                 def mask(s, step, found):
@@ -182,7 +183,7 @@ def forward_kernel(
                         pl.when(work.part >= 0)(write_part)
                     pl.when(work.part < 0)(write)
                     if not roomy:
-                        plgpu.wait_smem_to_gmem(0)
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         q_ring.release(done)
 
                 return done + jnp.where(work.there, 1, 0), begun + steps
@@ -201,13 +202,13 @@ def forward_kernel(
             *part_types(schedule, (1, ROWS, x.H), (ROWS,)),
         ),
         interpret,
-        q_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype),
+        q_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         k_smem=shared((stages, tile, x.H), x.dtype),
         v_smem=shared((stages, tile, x.H), x.dtype),
         o_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype) if roomy else None,
         lse_smem=plgpu.SMEM((COMPUTE, WG_ROWS), jnp.float32),
         ids_smem=plgpu.SMEM((stages, tile), jnp.int32) if x.ids else None,
-        q_bars=Ring.barriers(1, COMPUTE),
+        q_bars=Ring.barriers(row_slots, COMPUTE),
         k_bars=Ring.barriers(stages, columns.gather * (2 if x.ids else 1)),
         v_bars=Ring.barriers(stages, columns.gather),
         turn_bars=Turns.barrier(turns),

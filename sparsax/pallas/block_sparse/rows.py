@@ -107,12 +107,14 @@ class QueryTiles:
             @pl.when(work.there)
             def _():
                 rows_ring.reserve(done)
+                place = rows_ring.slot(done)
                 for i in range(COMPUTE):
                     rows = pl.ds(r * ROWS + i * WG_ROWS, WG_ROWS)
                     for source, smem in of_rows:
                         plgpu.copy_gmem_to_smem(
-                            source.at[b, rows, work.head], smem.at[i], rows_ring.filled.at[0]
-                        )
+                            source.at[b, rows, work.head], smem.at[place, i],
+                            rows_ring.filled.at[place],
+                        )  # fmt: skip
 
             def fill(t, _):
                 step = begun + t - work.first

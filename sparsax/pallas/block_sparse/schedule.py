@@ -115,14 +115,18 @@ class Schedule:
         """Thread blocks of the launch."""
         return self.staying + self.passing
 
-    def read(self, block, slot, table, extra: int) -> Item:
-        """Item number `slot` of a thread block, from a reference to what `deal` wrote."""
+    def read(self, block, slot, table, added, extra: int):
+        """What `item` makes item number `slot` of a thread block of.
+
+        From a reference to what `deal` wrote; `added` is its first number. Nothing here waits for
+        what is read.
+        """
         dealt, ahead = self.dealt * self.staying, self.owners * self.copies
         # Folded, so that a thread block gets long and short ones.
         fold = jnp.where(slot % 2 == 1, self.staying - 1 - block, block) + slot * self.staying
         stays = block < self.staying
         place = jnp.where(stays, fold, dealt + block - self.staying + slot * self.passing)
-        pieces = table[0] * self.copies  # the added ones, which come before all rows
+        pieces = added * self.copies  # the added ones, which come before all rows
         there = (slot < self._slots(stays)) & (place < pieces + self.rows * self.copies)
         place = jnp.where(there, place, 0)
         early = jnp.maximum(place - pieces, 0)
@@ -136,8 +140,11 @@ class Schedule:
         copy = jnp.where(is_early, copy, later // (late * self.owners))
         index = self.extra + owner * self.tiles + rank
         index = jnp.where(place < pieces, place // self.copies, index)
-        fields = (table[1 + i * (self.extra + self.rows) + index] for i in range(4 + extra))
-        row, first, last, part, *more = fields
+        count = self.extra + self.rows
+        return there, copy, *(table[1 + i * count + index] for i in range(4 + extra))
+
+    def item(self, there, copy, row, first, last, part, *more) -> Item:
+        """An item from what `read` gives."""
         return Item(
             jnp.where(there, lax.rem(row, jnp.int32(self.tiles)), -1), row // self.tiles, copy,
             first, jnp.where(there, last, first), part, tuple(jnp.where(there, x, 0) for x in more),
@@ -148,12 +155,14 @@ class Schedule:
 
     def each(self, block, table, visit, carry, extra: int = 0):
         """`visit(item, carry)` for the items of a thread block, each read one ahead."""
+        added = table[0]
+        read = lambda slot: self.read(block, slot, table, added, extra)
 
         def go(slot, state):
-            item, carry = state
-            return self.read(block, slot + 1, table, extra), visit(item, carry)
+            fields, carry = state
+            return read(slot + 1), visit(self.item(*fields), carry)
 
-        start = self.read(block, jnp.int32(0), table, extra), carry
+        start = read(jnp.int32(0)), carry
         return lax.fori_loop(0, self._slots(block < self.staying), go, start)[1]
 
 
