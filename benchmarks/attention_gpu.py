@@ -75,7 +75,8 @@ class Length:
             attend = partial(attend, **options)
             return Programs.start(pool, attend, (array,) * 4, *rest, calls=calls)
 
-        calls, self.sparse, self.dense = max(2, min(50, 2**17 // length)), {}, {}
+        self.sparse, self.dense = {}, {}
+        calls = max(2, min(100, 2**18 // length))  # so that starting the loop is nothing beside it
         for causal in (False, True) if length in args.causal else (False,):
             self.sparse[causal] = programs(
                 sparsax.block_sparse_attention, every, calls=calls, causal=causal,

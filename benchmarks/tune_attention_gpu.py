@@ -4,9 +4,9 @@
 
 For each head dim it times every candidate of the three kernels by the profiler, on a SPION-like
 pattern of density 0.1, on the full one, and on the causal one with segments, whose tiles need
-masks, and prints the lines of `TABLE` in `sparsax/pallas/block_sparse/config.py`. A candidate whose
-result differs from the first one's by more than rounding is an error. bfloat16, 16 heads, blocks of
-128.
+masks, and prints the lines of `TABLE` and `MASKED` in `sparsax/pallas/block_sparse/config.py`. A
+candidate whose result differs from the first one's by more than rounding is an error. bfloat16, 16
+heads, blocks of 128.
 """
 
 import argparse
@@ -166,13 +166,12 @@ def tune(features: int, length: int, heads: int) -> list[dict]:
     return rows
 
 
-def best(rows: list[dict], kernel: str) -> Tiling:
-    """The tiling with the least sum over patterns of time over the least time.
+def best(rows: list[dict], kernel: str, names: tuple[str, ...]) -> Tiling:
+    """The tiling with the least sum over those patterns of time over the least time.
 
     Turns must earn one percent to be worth their barriers.
     """
     rows = [row for row in rows if row["kernel"] == kernel]
-    names = rows[0]["milliseconds"]
     least = {name: min(row["milliseconds"][name] for row in rows) for name in names}
     cost = lambda row: (
         (1.01 if row["turns"] else 1.0)
@@ -192,7 +191,9 @@ def main() -> None:
     for features in args.features:
         rows = tune(features, args.length, args.heads)
         every += rows
-        print(f"    {features}: Config({', '.join(str(best(rows, x)) for x in KERNELS)}),")
+        for table, names in {"TABLE": ("spion", "full"), "MASKED": ("causal",)}.items():
+            tilings = ", ".join(str(best(rows, x, names)) for x in KERNELS)
+            print(f"    {table} {features}: Config({tilings}),")
         save("tune_attention_gpu", every)
 
 

@@ -84,7 +84,8 @@ def test_turns_change_no_bit(monkeypatch):
         change = lambda tiling, turns=turns: dataclasses.replace(tiling, turns=turns)
         old = configs.TABLE[c.H]
         config = configs.Config(change(old.forward), change(old.dq), change(old.dkv))
-        monkeypatch.setitem(configs.TABLE, c.H, config)
+        for table in (configs.TABLE, configs.MASKED):
+            monkeypatch.setitem(table, c.H, config)
         with pallas.interpreted(detect_races=True):
             found.append(check(c))
     for x, y in zip(*map(jax.tree.leaves, found), strict=True):

@@ -33,10 +33,10 @@ def run_forward(
     `ids` are those of queries and keys, `(None, None)` or what the problem's rule reads. `packed`
     is empty or the packed keys and their values.
     """
-    tiling = (config or best_config(problem)).forward
+    config = config or best_config(problem, _masked(problem, lists))
     schedule, table, splits = _of_queries(problem, lists, interpret)
     kernel = forward_kernel(
-        problem, schedule, lists.bits is not None, **tiling.keywords, interpret=interpret
+        problem, schedule, lists.bits is not None, **config.forward.keywords, interpret=interpret
     )
     q, k, v = (_copyable(x) for x in (q, k, v))
     o, lse, *parts = kernel(*_operands(lists, table, ids, packed), q, k, v)
@@ -63,7 +63,7 @@ def run_backward(
     dlse, config: Config | None, interpret,
 ):  # fmt: skip
     """`backward` over the lists of row tiles; dk and dv have `problem.kv_rows` rows."""
-    config = config or best_config(problem)
+    config = config or best_config(problem, _masked(problem, by_query))
     padded = ((0, 0), (0, 0), (0, -problem.T % ROWS))
     # ds = p * (dp - delta + dlse): what a row subtracts, FlashAttention-2 section 3.1.2.
     products = o.astype(jnp.float32) * do.astype(jnp.float32)
@@ -119,6 +119,11 @@ def _of_queries(problem: Problem, lists: TileLists, interpret):
     copies = problem.B // problem.samples * (problem.N // problem.P)
     schedule = Schedule(problem.owners, work.shape[1], copies, longest)
     return schedule, *deal(schedule, work, lists.full, lists.count, interpret=interpret)
+
+
+def _masked(problem: Problem, by_query: TileLists) -> bool:
+    """Whether any tile may need a mask."""
+    return by_query.bits is not None or problem.q_bounds.partial(problem.block_kv)
 
 
 def _problem(q, k, counts, q_ids, block_q, block_kv, scale, causal, window) -> Problem:
