@@ -21,16 +21,6 @@ SHARE = f"{100 * DENSITY:.0f} %"
 KINDS = {"forward_ms": ("forward", 2), "both_ms": ("forward + backward", 7)}  # products of each
 
 
-def read(path: Path) -> dict:
-    """The record, with dense times in their own dictionary as results have them since."""
-    record = json.loads(path.read_text())
-    for row in record["rows"]:
-        old = {kind: row.pop(f"dense_{kind}") for kind in KINDS if f"dense_{kind}" in row}
-        if old:
-            row["dense"] = old
-    return record
-
-
 def number(x: float | None) -> str:
     """Three digits, or a dash."""
     if x is None:
@@ -173,7 +163,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results" / "attention_gpu.json")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
     args = parser.parse_args()
-    record = read(args.results)
+    record = json.loads(args.results.read_text())
     rows, found = record["rows"], re.search(r"--heads (\d+)", record["command"])
     heads = int(found[1]) if found else 16
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
