@@ -1,0 +1,370 @@
+"""What the SPION scripts share: one dense start a seed, and every method going on from it.
+
+Data lies on the device and a call runs many steps, so that a small model is not held up by Python;
+all methods of one kind are one compiled program. A run that `--minutes` or a kill ends goes on
+where it was when it is started again with the same `--out`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from harness import save
+from jax.tree_util import Partial
+from spion_methods import FINDERS, NEEDS_WHOLE, Maps, Setting, by_mass, split_name
+from spion_peers import peers
+
+from sparsax.nn import SparseAttention, score_maps, set_patterns
+from sparsax.patterns import mass, quality
+from sparsax.training import FitConfig, FitResult, Schedule, fit
+
+WHOLE_UP_TO = 4096  # tokens of a score map that is kept token by token
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """The numbers of a task; each is a flag, `--batch-size 64`."""
+
+    length: int
+    block: int
+    layers: int
+    features: int
+    heads: int
+    batch_size: int
+    learning_rate: float
+    dropout: float
+    probe_every: int
+    tolerance: float = 0.15  # of the transition rule; next to nothing: at --dense-steps
+    dense_steps: int  # at most
+    steps: int  # after the transition
+    steps_per_call: int = 50
+    density: float  # of what may be listed, the forced band among it
+    band: int = 1
+    quantile: float  # of the paper
+    paper_density: float
+    cover: float = 0.9
+    held_batches: int  # batches that a validation looks at; a test takes twice as many
+
+    def changed_by(self, args: argparse.Namespace) -> "Size":
+        """These numbers, but for those that flags gave."""
+        given = {n: x for n, x in vars(args).items() if hasattr(self, n) and x is not None}
+        return dataclasses.replace(self, **given)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model to be made, its loss, its data on the device, and what a model is worth."""
+
+    name: str
+    metric: str
+    size: Size
+    make: Callable[[int], nnx.Module]  # of a seed
+    loss: Callable[..., Any]
+    optimizer: Any
+    batches: Callable[[int, int], Partial]  # of seed and steps
+    measure: Callable[[nnx.Module, Any], jax.Array]  # of a batch, higher is better
+    valid: Any  # arrays [batches, B, ...]
+    test: list[Any]  # of the same shape as `valid`
+    causal: bool = False
+    padded: bool = False
+
+
+def parse(description: str | None) -> argparse.Namespace:
+    """The flags of every script."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="folder with the files")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoints, figures, pictures")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", help="in this order; dense before oracle")
+    parser.add_argument("--minutes", type=float, default=600, help="stop, to be gone on with")
+    parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
+    parser.add_argument("--dense", choices=["cudnn", "xla"], help="what dense attention runs")
+    parser.add_argument("--no-peers", action="store_true", help="no table of time and memory")
+    parser.add_argument("--no-bar", action="store_true", help="no progress bars")
+    for field in dataclasses.fields(Size):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if args.dense is None:
+        args.dense = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    return args
+
+
+def dtype() -> Any:
+    """Of the computation: the kernels take 16 bits, a CPU has no use for them."""
+    return jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+
+
+def configured(model: nnx.Module, pruned: str, dense: str) -> nnx.Module:
+    """The model with these choices in every attention layer."""
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, SparseAttention):
+            layer.pruned, layer.dense = pruned, dense
+    return model
+
+
+def one_cycle(peak: float, steps: int) -> Partial:
+    """The rate climbs to its peak in 30 % of the steps, is back at 85 %, and ends near zero."""
+    return Partial(_one_cycle, jnp.float32(peak), jnp.float32(steps))
+
+
+def _one_cycle(peak, steps, step):
+    knots, values = jnp.array([0, 0.3, 0.85, 1.0]), jnp.array([0.04, 1.0, 0.04, 4e-6])
+    return peak * jnp.interp(step / steps, knots, values)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(measure, graphdef, state, held):
+    return jax.lax.map(lambda batch: measure(nnx.merge(graphdef, state), batch), held).mean()
+
+
+def score(task: Task, model: nnx.Module, *parts: Any) -> float:
+    """What the model is worth on held-out parts, higher is better."""
+    graphdef, state = nnx.split(model)
+    return float(np.mean([_score(task.measure, graphdef, state, part) for part in parts]))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _head_maps(graphdef, state, tokens, block):
+    return score_maps(nnx.merge(graphdef, state), tokens, per_head=True, pool=block)
+
+
+class Runs:
+    """The runs of one task and seed."""
+
+    def __init__(self, task: Task, seed: int, args: argparse.Namespace, stop: Callable[[], bool]):
+        self.task, self.seed, self.args, self.stop = task, seed, args, stop
+        size = task.size
+        self.batch = task.batches(seed, size.dense_steps + size.steps)
+        self.whole = size.length <= WHOLE_UP_TO
+        self.setting = Setting(
+            causal=task.causal, equal_rows=not task.padded, seed=seed,
+            **{f.name: getattr(size, f.name) for f in dataclasses.fields(Setting)
+               if hasattr(size, f.name)},
+        )  # fmt: skip
+        self.start = self.final = None
+
+    def fit(self, name: str, pruned: str = "drop", *, steps: int, cycle: int, **options: Any):
+        """A run, from the start when `options` have one."""
+        size, folder = self.task.size, self.args.out / self.task.name / str(self.seed)
+        last = (options.get("start") or {"step": 0})["step"] + steps
+        config = FitConfig(
+            name=name, steps=last, seed=self.seed, eval_every=size.probe_every, save_every=last,
+            log_every=size.steps_per_call, steps_per_call=size.steps_per_call,
+            progress=not self.args.no_bar, **options.pop("config", {}),
+        )  # fmt: skip
+        return fit(
+            configured(self.task.make(self.seed), pruned, self.args.dense), config=config,
+            loss=self.task.loss, batch=self.batch, optimizer=self.task.optimizer,
+            learning_rate=one_cycle(size.learning_rate, cycle), stop=self.stop, probe=self.probe,
+            evaluate=lambda model: score(self.task, model, self.task.valid),
+            folder=folder / name.replace(":", "-"), **options,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def probe(self) -> Callable[..., Any]:
+        """How the transition rule reads a model."""
+        return probes(None if self.whole else self.task.size.block)
+
+    def begin(self) -> bool:
+        """The dense phase; False when time was up."""
+        size = self.task.size
+        schedule = Schedule(
+            probe_every=size.probe_every, max_dense_steps=size.dense_steps,
+            tolerance=size.tolerance,
+        )  # fmt: skip
+        found = FINDERS["diagonal"](self.setting, None)
+        start = self.fit(
+            "start", steps=size.dense_steps, cycle=size.dense_steps + size.steps,
+            find_patterns=lambda _: found,
+            config={"schedule": schedule, "stop_at_transition": True},
+        )  # fmt: skip
+        if not start.finished:
+            return False
+        self.start, transition = start, start.transition
+        self.step = transition["step"]
+        tokens = self.batch(self.step)[0]
+        self.tokens, self.held = tokens, jax.tree.leaves(self.task.valid)[0][0]
+        heads = self.head_maps(transition["params"], tokens)
+        self.maps = Maps(
+            whole=start.maps if self.whole else None, pooled=heads.mean(1, keepdims=True),
+            heads=heads, final=None,
+        )  # fmt: skip
+        self.mass = self.masses(transition["params"])
+        self.probe_ms = milliseconds(lambda: self.head_maps(transition["params"], tokens))
+        return True
+
+    def model(self, params, pattern, pruned="drop") -> nnx.Module:
+        """A model of these parameters."""
+        model = configured(self.task.make(self.seed), pruned, self.args.dense)
+        nnx.update(model, params)
+        set_patterns(model, pattern)
+        return model
+
+    def head_maps(self, params, tokens):
+        """Pooled maps of every head of the dense model."""
+        return _head_maps(*nnx.split(self.model(params, None)), tokens, self.task.size.block)
+
+    def masses(self, params):
+        """The attention mass of every block, on held-out samples."""
+        size = self.task.size
+        pooled = self.head_maps(params, self.held)
+        return mass.block_mass(pooled, block=size.block, length=size.length)
+
+    def row(self, name: str) -> dict | None:
+        """Trains a method and says what came of it; None when time was up."""
+        method, pruned = split_name(name)
+        size, begin = self.task.size, time.perf_counter()
+        pattern, facts = None, {}
+        options: dict[str, Any] = {"start": self.start.transition}
+        if method != "dense":
+            find = functools.partial(FINDERS[method], self.setting, self.maps)
+            pattern = find()
+            facts["search_ms"] = milliseconds(find)
+            options["find_patterns"] = lambda _: pattern
+        if method == "again":
+            middle = size.steps // 2 // size.steps_per_call * size.steps_per_call
+            options["config"] = {"search_again": (self.step + middle,)}
+            options["find_patterns"] = self.search_again
+        before = self.model(self.start.transition["params"], pattern, pruned)
+        facts["before"] = score(self.task, before, self.task.valid)
+        result = self.fit(name, pruned, steps=size.steps, cycle=size.steps, **options)
+        if not result.finished:
+            return None
+        if method == "dense":
+            final = self.head_maps(result.last["params"], self.tokens).mean(1, keepdims=True)
+            self.maps = dataclasses.replace(self.maps, final=final)
+            self.final = self.masses(result.last["params"])
+        return self.report(name, result, facts, time.perf_counter() - begin)
+
+    def search_again(self, maps):
+        """The search by mass in the maps of a probe."""
+        if self.whole:
+            size = self.task.size
+            maps = mass.block_mass(maps, block=size.block) / size.block
+        return by_mass(self.setting, maps)
+
+    def report(self, name: str, result: FitResult, facts: dict, seconds: float) -> dict:
+        """The row of a trained method."""
+        size, pattern = self.task.size, result.patterns
+        listed = np.full(size.layers, 1.0)
+        if pattern is not None:
+            listed = np.asarray(pattern.density())
+        measured = {}
+        if pattern is not None:
+            measured["mass"] = quality.pattern_mass(pattern, self.mass)
+            measured["best_mass"] = quality.best_mass(pattern, self.mass)
+            if self.final is not None:
+                measured["final_mass"] = quality.pattern_mass(pattern, self.final)
+        times = self.start.step_seconds | result.step_seconds
+        trained = times["dense"] * self.step + times.get("sparse", times["dense"]) * size.steps
+        looked = self.probe_ms / 1e3 * (self.step // size.probe_every)
+        return {
+            "seed": self.seed, "method": name,
+            "score": score(self.task, result.model, *self.task.test), "best_valid": result.best, **facts, "density": listed.tolist(),
+            **{n: np.asarray(x).tolist() for n, x in measured.items()}, "transition": self.step,
+            "dense_ms": 1e3 * times["dense"], "probe_ms": self.probe_ms,
+            "sparse_ms": 1e3 * times["sparse"] if "sparse" in times else None,
+            "search_share": (looked + facts.get("search_ms", 0.0) / 1e3) / trained,
+            # Of one sample, forward; dense causal attention needs the lower triangle alone.
+            "attention_mflop": float(4 * size.length**2 * size.features / 1e6 * (
+                listed if pattern is not None or not self.task.causal else listed / 2).sum()),
+            "seconds": seconds,
+            "loss": [[x["step"], x["loss"]] for x in result.log if "loss" in x],
+            "valid": [[x["step"], x["valid"]] for x in result.log if "valid" in x],
+        }  # fmt: skip
+
+
+@functools.cache
+def probes(pool: int | None) -> Callable[..., Any]:
+    """One object for every run, which share programs by it."""
+    return functools.partial(score_maps, pool=pool)
+
+
+def milliseconds(function: Callable[[], Any]) -> float:
+    """Of a call after the first."""
+    jax.block_until_ready(function())
+    begin = time.perf_counter()
+    jax.block_until_ready(function())
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def compare(task: Task, args: argparse.Namespace, methods: list[str]) -> None:
+    """Every method of every seed; rows are on disk as soon as they are known."""
+    methods = args.methods or methods
+    whole = task.size.length <= WHOLE_UP_TO
+    for name in methods:
+        if split_name(name)[0] in NEEDS_WHOLE and not whole:
+            raise SystemExit(f"{name} convolves maps of at most {WHOLE_UP_TO} tokens; leave it out")
+    deadline = time.monotonic() + 60 * args.minutes
+    stop = lambda: time.monotonic() > deadline
+    name = f"spion_{task.name}" + "_quick" * args.quick
+    path, facts = args.out / f"{name}.json", {"task": task.name, "metric": task.metric,
+                                              "dense": args.dense, "dtype": str(dtype().__name__),
+                                              "size": dataclasses.asdict(task.size)}  # fmt: skip
+    rows = json.loads(path.read_text())["rows"] if path.exists() else [facts]
+    if rows[0]["size"] != facts["size"]:
+        raise SystemExit(f"{path} is of other sizes; give another --out, or these: {rows[0]}")
+    print(f"{task.name}: {facts}", flush=True)
+    if not args.no_peers and not any("peer" in row for row in rows):
+        for row in peers(Runs(task, 0, args, stop)):
+            rows.append(row)
+            save(name, rows, args.out)
+    for seed in range(args.seeds):
+        done = {row["method"] for row in rows if row.get("seed") == seed}
+        left = [x for x in methods if x not in done or (x == "dense" and "oracle" in methods)]
+        if set(left) <= {"dense"} and "dense" in done:
+            continue
+        runs = Runs(task, seed, args, stop)
+        if not runs.begin():
+            break
+        for method in left:
+            row = runs.row(method)
+            if row is None:
+                break
+            if method not in done:
+                rows.append(row)
+                save(name, rows, args.out)
+                keep_pictures(args.out / f"{name}.npz", runs, method)
+                show(row)
+        if stop():
+            break
+    print("time is up: start it again to go on" if stop() else "done", save(name, rows, args.out))
+
+
+def keep_pictures(path: Path, runs: Runs, method: str) -> None:
+    """Maps and block masks of the first seed, for the report."""
+    if runs.seed:
+        return
+    kept = dict(np.load(path)) if path.exists() else {}
+    kept["maps"] = np.asarray(
+        runs.maps.pooled[:, 0], np.float16 if runs.setting.blocks > 64 else np.float32
+    )
+    if runs.maps.final is not None:
+        kept["final"] = np.asarray(runs.maps.final[:, 0], kept["maps"].dtype)
+    name, _ = split_name(method)
+    if name != "dense":
+        found = FINDERS[name](runs.setting, runs.maps)
+        kept[f"mask {name}"] = np.asarray(found.to_block_mask()[:, 0])
+    np.savez_compressed(path, **kept)
+
+
+def show(row: dict) -> None:
+    each = lambda x: " ".join(f"{y:.3f}" for y in row.get(x, []))
+    print(f"seed {row['seed']} {row['method']:14s} {row['score']:8.4f} "
+          f"valid {row['best_valid']:8.4f} before {row['before']:8.4f} | density {each('density')} | mass {each('mass')} of "
+          f"{each('best_mass')} | {row['dense_ms']:.2f} -> {row['sparse_ms'] or np.nan:.2f} ms | "
+          f"{row['seconds']:.0f} s", flush=True)  # fmt: skip
