@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from spion_runs import Size, Task, dtype
+from spion_task import Size, Task, dtype
 
 from sparsax import data
 from sparsax.nn import Classifier

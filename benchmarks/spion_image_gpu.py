@@ -10,7 +10,8 @@ train file may be a part of the whole. Without --data --quick takes scikit-learn
 import dataclasses
 
 from spion_classify import METHODS, classification
-from spion_runs import Size, compare, parse
+from spion_runs import compare
+from spion_task import Size, parse
 
 from sparsax import data
 

@@ -9,7 +9,8 @@ The samples are kept in --data FOLDER, or in the folder `cache` of --out.
 import dataclasses
 
 from spion_classify import METHODS, classification
-from spion_runs import Size, compare, parse
+from spion_runs import compare
+from spion_task import Size, parse
 
 from sparsax import data
 

@@ -14,40 +14,38 @@ PEERS = ("dense, materialised", "dense", "diagonal", "random", "window", "bigbir
 
 def peers(runs: Any):
     """Rows of milliseconds and bytes of a step; the loss tells whether the dense ones agree."""
-    from spion_runs import configured, one_cycle  # it imports this module
-
-    size, task, args = runs.task.size, runs.task, runs.args
     losses = {}
     for name in PEERS:
-        if name == "dense, materialised" and args.dense == "xla":
-            continue  # that is what dense runs
-        dense = "xla" if name == "dense, materialised" else args.dense
+        dense = runs.args.dense
+        if name == "dense, materialised":
+            if dense == "xla":
+                continue  # that is what dense runs
+            dense = "xla"
         pattern = None if name.startswith("dense") else FINDERS[name](runs.setting, None)
-        run = Run(
-            configured(task.make(0), "drop", dense), task.loss, task.optimizer,
-            one_cycle(size.learning_rate, size.steps), None, runs.probe, None, 0,
-        )  # fmt: skip
-        run.patterns = pattern
-        row = {"peer": name, **measure(run, runs.batch, size.steps_per_call)}
+        run = runs.run("drop", dense, pattern)
+        row = {"peer": name, **measure(run, runs.batch, runs.task.size.steps_per_call)}
         losses[name] = row.get("loss")
         print(row, flush=True)
         yield row
     compare_losses(losses)
 
 
+def arguments(run: Run, batch: Any) -> tuple:
+    """What the first call of the training program gets."""
+    state = run.begin(None, batch(0)[0])
+    return (state["params"], state["opt"], run.rest, run.patterns, batch, run.rate, run.seed,
+            jnp.int32(1), jnp.int32(0))  # fmt: skip
+
+
 def measure(run: Run, batch: Any, count: int) -> dict:
     """Milliseconds of a step, its bytes beside parameters and data, the loss of the first steps."""
-    state = run.begin(None, batch(0)[0])
-    arguments = (
-        state["params"], state["opt"], run.rest, run.patterns, batch, run.rate, run.seed,
-        jnp.int32(1), jnp.int32(0),
-    )  # fmt: skip
-    memory = run.programs.train.lower(*arguments, count=count).compile().memory_analysis()
+    compiled = run.programs.train.lower(*arguments(run, batch), count=count).compile()
+    memory = compiled.memory_analysis()
     row = {"bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes}
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is not None and row["bytes"] > 0.9 * limit:
         return row
-    state, metrics = run.train(state, batch, count, count)
+    state, metrics = run.train(run.begin(None, batch(0)[0]), batch, count, count)
     row["loss"] = float(metrics["loss"])
     times = []
     for call in (2, 3):

@@ -11,130 +11,25 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from harness import save
-from jax.tree_util import Partial
 from spion_methods import FINDERS, NEEDS_WHOLE, Maps, Setting, by_mass, split_name
-from spion_peers import peers
+from spion_peers import arguments, peers
+from spion_task import Task, configured, dtype, one_cycle, one_score, score
 
-from sparsax.nn import SparseAttention, score_maps, set_patterns
+from sparsax import BlockPattern
+from sparsax.nn import score_maps, set_patterns
 from sparsax.patterns import mass, quality
 from sparsax.training import FitConfig, FitResult, Schedule, fit
+from sparsax.training.run import Run
 
 WHOLE_UP_TO = 4096  # tokens of a score map that is kept token by token
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Size:
-    """The numbers of a task; each is a flag, `--batch-size 64`."""
-
-    length: int
-    block: int
-    layers: int
-    features: int
-    heads: int
-    batch_size: int
-    learning_rate: float
-    dropout: float
-    probe_every: int
-    tolerance: float = 0.15  # of the transition rule; next to nothing: at --dense-steps
-    dense_steps: int  # at most
-    steps: int  # after the transition
-    steps_per_call: int = 50
-    density: float  # of what may be listed, the forced band among it
-    band: int = 1
-    quantile: float  # of the paper
-    paper_density: float
-    cover: float = 0.9
-    held_batches: int  # batches that a validation looks at; a test takes twice as many
-
-    def changed_by(self, args: argparse.Namespace) -> "Size":
-        """These numbers, but for those that flags gave."""
-        given = {n: x for n, x in vars(args).items() if hasattr(self, n) and x is not None}
-        return dataclasses.replace(self, **given)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """A model to be made, its loss, its data on the device, and what a model is worth."""
-
-    name: str
-    metric: str
-    size: Size
-    make: Callable[[int], nnx.Module]  # of a seed
-    loss: Callable[..., Any]
-    optimizer: Any
-    batches: Callable[[int, int], Partial]  # of seed and steps
-    measure: Callable[[nnx.Module, Any], jax.Array]  # of a batch, higher is better
-    valid: Any  # arrays [batches, B, ...]
-    test: list[Any]  # of the same shape as `valid`
-    causal: bool = False
-    padded: bool = False
-
-
-def parse(description: str | None) -> argparse.Namespace:
-    """The flags of every script."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="folder with the files")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoints, figures, pictures")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--methods", nargs="+", help="in this order; dense before oracle")
-    parser.add_argument("--minutes", type=float, default=600, help="stop, to be gone on with")
-    parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
-    parser.add_argument("--dense", choices=["cudnn", "xla"], help="what dense attention runs")
-    parser.add_argument("--no-peers", action="store_true", help="no table of time and memory")
-    parser.add_argument("--no-bar", action="store_true", help="no progress bars")
-    for field in dataclasses.fields(Size):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if args.dense is None:
-        args.dense = "cudnn" if jax.default_backend() == "gpu" else "xla"
-    return args
-
-
-def dtype() -> Any:
-    """Of the computation: the kernels take 16 bits, a CPU has no use for them."""
-    return jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-
-
-def configured(model: nnx.Module, pruned: str, dense: str) -> nnx.Module:
-    """The model with these choices in every attention layer."""
-    for _, layer in nnx.iter_modules(model):
-        if isinstance(layer, SparseAttention):
-            layer.pruned, layer.dense = pruned, dense
-    return model
-
-
-def one_cycle(peak: float, steps: int) -> Partial:
-    """The rate climbs to its peak in 30 % of the steps, is back at 85 %, and ends near zero."""
-    return Partial(_one_cycle, jnp.float32(peak), jnp.float32(steps))
-
-
-def _one_cycle(peak, steps, step):
-    knots, values = jnp.array([0, 0.3, 0.85, 1.0]), jnp.array([0.04, 1.0, 0.04, 4e-6])
-    return peak * jnp.interp(step / steps, knots, values)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(measure, graphdef, state, held):
-    return jax.lax.map(lambda batch: measure(nnx.merge(graphdef, state), batch), held).mean()
-
-
-def score(task: Task, model: nnx.Module, *parts: Any) -> float:
-    """What the model is worth on held-out parts, higher is better."""
-    graphdef, state = nnx.split(model)
-    return float(np.mean([_score(task.measure, graphdef, state, part) for part in parts]))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -156,6 +51,30 @@ class Runs:
                if hasattr(size, f.name)},
         )  # fmt: skip
         self.start = self.final = None
+
+    def run(self, pruned: str, dense: str, pattern: Any) -> Run:
+        """What `fit` steps through, for who wants a step alone."""
+        run = Run(
+            configured(self.task.make(self.seed), pruned, dense), self.task.loss,
+            self.task.optimizer, one_cycle(self.task.size.learning_rate, self.task.size.steps),
+            None, self.probe, None, self.seed,
+        )  # fmt: skip
+        run.patterns = pattern
+        return run
+
+    def compile(self, pruned: str, per_head: bool) -> None:
+        """Makes the programs of a kind of method, which all of them will find compiled."""
+        pattern = FINDERS["diagonal"](self.setting, None)
+        if per_head:
+            mask = np.repeat(pattern.to_block_mask(), self.task.size.heads, axis=1)
+            pattern = BlockPattern.from_block_mask(mask, **pattern.geometry)
+        run = self.run(pruned, self.args.dense, pattern)
+        program = run.programs.train.lower(
+            *arguments(run, self.batch), count=self.task.size.steps_per_call
+        )
+        program.compile()
+        parts = nnx.split(run.model(run.params, pattern))
+        one_score.lower(self.task.measure, *parts, self.task.valid).compile()
 
     def fit(self, name: str, pruned: str = "drop", *, steps: int, cycle: int, **options: Any):
         """A run, from the start when `options` have one."""
@@ -260,9 +179,11 @@ class Runs:
     def report(self, name: str, result: FitResult, facts: dict, seconds: float) -> dict:
         """The row of a trained method."""
         size, pattern = self.task.size, result.patterns
-        listed = np.full(size.layers, 1.0)
+        blocks = self.setting.blocks
+        listable = mass.bands(blocks, 0, self.task.causal)[1].sum() / blocks**2
+        share = np.ones(size.layers)  # of what may be listed
         if pattern is not None:
-            listed = np.asarray(pattern.density())
+            share = np.asarray(pattern.density()) / listable
         measured = {}
         if pattern is not None:
             measured["mass"] = quality.pattern_mass(pattern, self.mass)
@@ -274,14 +195,14 @@ class Runs:
         looked = self.probe_ms / 1e3 * (self.step // size.probe_every)
         return {
             "seed": self.seed, "method": name,
-            "score": score(self.task, result.model, *self.task.test), "best_valid": result.best, **facts, "density": listed.tolist(),
+            "score": score(self.task, result.model, *self.task.test), "best_valid": result.best,
+            **facts, "density": share.tolist(),
             **{n: np.asarray(x).tolist() for n, x in measured.items()}, "transition": self.step,
             "dense_ms": 1e3 * times["dense"], "probe_ms": self.probe_ms,
             "sparse_ms": 1e3 * times["sparse"] if "sparse" in times else None,
             "search_share": (looked + facts.get("search_ms", 0.0) / 1e3) / trained,
-            # Of one sample, forward; dense causal attention needs the lower triangle alone.
-            "attention_mflop": float(4 * size.length**2 * size.features / 1e6 * (
-                listed if pattern is not None or not self.task.causal else listed / 2).sum()),
+            # Of one sample, forward, whole blocks.
+            "attention_mflop": 4e-6 * size.length**2 * size.features * float(listable * share.sum()),
             "seconds": seconds,
             "loss": [[x["step"], x["loss"]] for x in result.log if "loss" in x],
             "valid": [[x["step"], x["valid"]] for x in result.log if "valid" in x],
@@ -329,7 +250,13 @@ def compare(task: Task, args: argparse.Namespace, methods: list[str]) -> None:
         if set(left) <= {"dense"} and "dense" in done:
             continue
         runs = Runs(task, seed, args, stop)
-        if not runs.begin():
+        kinds = {(split_name(x)[1], x.startswith("heads")) for x in left if x != "dense"}
+        with ThreadPoolExecutor(4) as pool:  # while the dense phase trains
+            programs = [pool.submit(runs.compile, *kind) for kind in sorted(kinds)]
+            begun = runs.begin()
+        for program in programs:
+            program.result()
+        if not begun:
             break
         for method in left:
             row = runs.row(method)
@@ -354,7 +281,7 @@ def keep_pictures(path: Path, runs: Runs, method: str) -> None:
         runs.maps.pooled[:, 0], np.float16 if runs.setting.blocks > 64 else np.float32
     )
     if runs.maps.final is not None:
-        kept["final"] = np.asarray(runs.maps.final[:, 0], kept["maps"].dtype)
+        kept["final"] = np.asarray(runs.maps.final[:, 0])
     name, _ = split_name(method)
     if name != "dense":
         found = FINDERS[name](runs.setting, runs.maps)
@@ -364,7 +291,10 @@ def keep_pictures(path: Path, runs: Runs, method: str) -> None:
 
 def show(row: dict) -> None:
     each = lambda x: " ".join(f"{y:.3f}" for y in row.get(x, []))
-    print(f"seed {row['seed']} {row['method']:14s} {row['score']:8.4f} "
-          f"valid {row['best_valid']:8.4f} before {row['before']:8.4f} | density {each('density')} | mass {each('mass')} of "
-          f"{each('best_mass')} | {row['dense_ms']:.2f} -> {row['sparse_ms'] or np.nan:.2f} ms | "
-          f"{row['seconds']:.0f} s", flush=True)  # fmt: skip
+    sparse = "-" if row["sparse_ms"] is None else f"{row['sparse_ms']:.2f}"
+    print(
+        f"seed {row['seed']} {row['method']:14s} {row['score']:8.4f}"
+        f" valid {row['best_valid']:8.4f} before {row['before']:8.4f}"
+        f" | density {each('density')} | mass {each('mass')} of {each('best_mass')}"
+        f" | {row['dense_ms']:.2f} -> {sparse} ms | {row['seconds']:.0f} s", flush=True,
+    )  # fmt: skip

@@ -94,13 +94,13 @@ def block_mass(
         Means over the queries of a block of their sums over the keys of a block. Rows add up to 1,
         or less where queries are padding.
     """
-    maps = jnp.asarray(maps, jnp.float32)
+    pooled = jnp.asarray(maps, jnp.float32)
     if length is None:
-        length = maps.shape[-1]
-        square = maps.reshape(-1, length, length)
-        pooled = jax.lax.map(lambda x: spion.average_pool(x, block), square)
-        maps = pooled.reshape(*maps.shape[:-2], *pooled.shape[1:])
-    return maps * block_sizes(length, block)
+        length = pooled.shape[-1]
+        square = pooled.reshape(-1, length, length)
+        each = jax.lax.map(lambda x: spion.average_pool(x, block), square)
+        pooled = each.reshape(*pooled.shape[:-2], *each.shape[1:])
+    return pooled * block_sizes(length, block)
 
 
 def bands(blocks: int, band: int, causal: bool) -> tuple[np.ndarray, np.ndarray]:
