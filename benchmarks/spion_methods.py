@@ -160,7 +160,8 @@ FINDERS: dict[str, Find] = {
 for _variant in ("CF", "F", "C"):
     FINDERS[_variant] = functools.partial(matched, variant=_variant)
     FINDERS[f"{_variant}-paper"] = functools.partial(published, variant=_variant)
-for _kind in ("diagonal", "random", "window", "bigbird", "longformer"):
+CONTROLS = ("diagonal", "random", "window", "bigbird", "longformer")
+for _kind in CONTROLS:
     FINDERS[_kind] = lambda s, _, kind=_kind: control(s, kind)
 
 NEEDS_WHOLE = ("CF", "C", "CF-paper", "C-paper")  # the convolution comes before the pooling

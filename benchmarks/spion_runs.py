@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 from harness import save
-from spion_methods import FINDERS, NEEDS_WHOLE, Maps, Setting, by_mass, split_name
+from spion_methods import CONTROLS, FINDERS, NEEDS_WHOLE, Maps, Setting, by_mass, split_name
 from spion_peers import arguments, peers
 from spion_task import Task, configured, dtype, one_cycle, one_score, score
 
@@ -152,7 +152,8 @@ class Runs:
         if method != "dense":
             find = functools.partial(FINDERS[method], self.setting, self.maps)
             pattern = find()
-            facts["search_ms"] = milliseconds(find)
+            if method not in CONTROLS:
+                facts["search_ms"] = milliseconds(find)
             options["find_patterns"] = lambda _: pattern
         if method == "again":
             middle = size.steps // 2 // size.steps_per_call * size.steps_per_call
@@ -184,6 +185,7 @@ class Runs:
         share = np.ones(size.layers)  # of what may be listed
         if pattern is not None:
             share = np.asarray(pattern.density()) / listable
+        area = listable * share
         measured = {}
         if pattern is not None:
             measured["mass"] = quality.pattern_mass(pattern, self.mass)
@@ -202,7 +204,7 @@ class Runs:
             "sparse_ms": 1e3 * times["sparse"] if "sparse" in times else None,
             "search_share": (looked + facts.get("search_ms", 0.0) / 1e3) / trained,
             # Of one sample, forward, whole blocks.
-            "attention_mflop": 4e-6 * size.length**2 * size.features * float(listable * share.sum()),
+            "attention_mflop": 4e-6 * size.length**2 * size.features * float(area.sum()),
             "seconds": seconds,
             "loss": [[x["step"], x["loss"]] for x in result.log if "loss" in x],
             "valid": [[x["step"], x["valid"]] for x in result.log if "valid" in x],
