@@ -85,7 +85,7 @@ def pattern_figure(
 
 
 def curve_figure(
-    panels: dict[str, dict[str, tuple[Sequence[float], Sequence[float]]]],
+    panels: dict[str, dict[str, tuple[Sequence[int], Sequence[float]]]],
 ) -> Figure:
     """A panel for every name, with a line for every method: `{panel: {method: (steps, values)}}`.
 
