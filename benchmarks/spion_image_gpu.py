@@ -10,7 +10,7 @@ train file may be a part of the whole. Without --data --quick takes scikit-learn
 import dataclasses
 
 from spion_classify import METHODS, classification
-from spion_runs import compare
+from spion_compare import compare
 from spion_task import Size, parse
 
 from sparsax import data

@@ -9,7 +9,7 @@ The samples are kept in --data FOLDER, or in the folder `cache` of --out.
 import dataclasses
 
 from spion_classify import METHODS, classification
-from spion_runs import compare
+from spion_compare import compare
 from spion_task import Size, parse
 
 from sparsax import data

@@ -20,7 +20,8 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.tree_util import Partial
-from spion_runs import WHOLE_UP_TO, compare
+from spion_compare import compare
+from spion_runs import WHOLE_UP_TO
 from spion_task import Size, Task, dtype, parse
 
 from sparsax.nn import DecoderConfig, LanguageModel

@@ -8,20 +8,16 @@ where it was when it is started again with the same `--out`.
 import argparse
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from harness import save
-from spion_methods import CONTROLS, FINDERS, NEEDS_WHOLE, Maps, Setting, by_mass, split_name
-from spion_peers import arguments, peers
-from spion_task import Task, configured, dtype, one_cycle, one_score, score
+from spion_methods import CONTROLS, FINDERS, Maps, Setting, by_mass, split_name
+from spion_peers import arguments
+from spion_task import Task, configured, one_cycle, one_score, score
 
 from sparsax import BlockPattern
 from sparsax.nn import score_maps, set_patterns
@@ -62,19 +58,28 @@ class Runs:
         run.patterns = pattern
         return run
 
-    def compile(self, pruned: str, per_head: bool) -> None:
-        """Makes the programs of a kind of method, which all of them will find compiled."""
-        pattern = FINDERS["diagonal"](self.setting, None)
-        if per_head:
+    def compile(self, pruned: str, kind: str) -> None:
+        """Makes the programs of a kind of method, which all of them will find compiled.
+
+        Args:
+            pruned: what pruned keys count.
+            kind: "shared" patterns, a pattern for every one of the "heads", or dense attention
+                "materialised".
+        """
+        pattern, dense = FINDERS["diagonal"](self.setting, None), self.args.dense
+        if kind == "heads":
             mask = np.repeat(pattern.to_block_mask(), self.task.size.heads, axis=1)
             pattern = BlockPattern.from_block_mask(mask, **pattern.geometry)
-        run = self.run(pruned, self.args.dense, pattern)
+        elif kind == "materialised":
+            pattern, dense = None, "xla"
+        run = self.run(pruned, dense, pattern)
         program = run.programs.train.lower(
             *arguments(run, self.batch), count=self.task.size.steps_per_call
         )
         program.compile()
-        parts = nnx.split(run.model(run.params, pattern))
-        one_score.lower(self.task.measure, *parts, self.task.valid).compile()
+        if pattern is not None:
+            parts = nnx.split(run.model(run.params, pattern))
+            one_score.lower(self.task.measure, *parts, self.task.valid).compile()
 
     def fit(self, name: str, pruned: str = "drop", *, steps: int, cycle: int, **options: Any):
         """A run, from the start when `options` have one."""
@@ -223,80 +228,3 @@ def milliseconds(function: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     jax.block_until_ready(function())
     return 1e3 * (time.perf_counter() - begin)
-
-
-def compare(task: Task, args: argparse.Namespace, methods: list[str]) -> None:
-    """Every method of every seed; rows are on disk as soon as they are known."""
-    methods = args.methods or methods
-    whole = task.size.length <= WHOLE_UP_TO
-    for name in methods:
-        if split_name(name)[0] in NEEDS_WHOLE and not whole:
-            raise SystemExit(f"{name} convolves maps of at most {WHOLE_UP_TO} tokens; leave it out")
-    deadline = time.monotonic() + 60 * args.minutes
-    stop = lambda: time.monotonic() > deadline
-    name = f"spion_{task.name}" + "_quick" * args.quick
-    path, facts = args.out / f"{name}.json", {"task": task.name, "metric": task.metric,
-                                              "dense": args.dense, "dtype": str(dtype().__name__),
-                                              "size": dataclasses.asdict(task.size)}  # fmt: skip
-    rows = json.loads(path.read_text())["rows"] if path.exists() else [facts]
-    if rows[0]["size"] != facts["size"]:
-        raise SystemExit(f"{path} is of other sizes; give another --out, or these: {rows[0]}")
-    print(f"{task.name}: {facts}", flush=True)
-    if not args.no_peers and not any("peer" in row for row in rows):
-        for row in peers(Runs(task, 0, args, stop)):
-            rows.append(row)
-            save(name, rows, args.out)
-    for seed in range(args.seeds):
-        done = {row["method"] for row in rows if row.get("seed") == seed}
-        left = [x for x in methods if x not in done or (x == "dense" and "oracle" in methods)]
-        if set(left) <= {"dense"} and "dense" in done:
-            continue
-        runs = Runs(task, seed, args, stop)
-        kinds = {(split_name(x)[1], x.startswith("heads")) for x in left if x != "dense"}
-        with ThreadPoolExecutor(4) as pool:  # while the dense phase trains
-            programs = [pool.submit(runs.compile, *kind) for kind in sorted(kinds)]
-            begun = runs.begin()
-        for program in programs:
-            program.result()
-        if not begun:
-            break
-        for method in left:
-            row = runs.row(method)
-            if row is None:
-                break
-            if method not in done:
-                rows.append(row)
-                save(name, rows, args.out)
-                keep_pictures(args.out / f"{name}.npz", runs, method)
-                show(row)
-        if stop():
-            break
-    print("time is up: start it again to go on" if stop() else "done", save(name, rows, args.out))
-
-
-def keep_pictures(path: Path, runs: Runs, method: str) -> None:
-    """Maps and block masks of the first seed, for the report."""
-    if runs.seed:
-        return
-    kept = dict(np.load(path)) if path.exists() else {}
-    kept["maps"] = np.asarray(
-        runs.maps.pooled[:, 0], np.float16 if runs.setting.blocks > 64 else np.float32
-    )
-    if runs.maps.final is not None:
-        kept["final"] = np.asarray(runs.maps.final[:, 0])
-    name, _ = split_name(method)
-    if name != "dense":
-        found = FINDERS[name](runs.setting, runs.maps)
-        kept[f"mask {name}"] = np.asarray(found.to_block_mask()[:, 0])
-    np.savez_compressed(path, **kept)
-
-
-def show(row: dict) -> None:
-    each = lambda x: " ".join(f"{y:.3f}" for y in row.get(x, []))
-    sparse = "-" if row["sparse_ms"] is None else f"{row['sparse_ms']:.2f}"
-    print(
-        f"seed {row['seed']} {row['method']:14s} {row['score']:8.4f}"
-        f" valid {row['best_valid']:8.4f} before {row['before']:8.4f}"
-        f" | density {each('density')} | mass {each('mass')} of {each('best_mass')}"
-        f" | {row['dense_ms']:.2f} -> {sparse} ms | {row['seconds']:.0f} s", flush=True,
-    )  # fmt: skip
