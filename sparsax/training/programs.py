@@ -36,7 +36,11 @@ class Programs:
 
 @functools.lru_cache(maxsize=8)
 def programs(graphdef: Any, loss: Any, optimizer: Any, probe: Any) -> Programs:
-    """The programs of everything that is equal in these four, compiled at most once."""
+    """The programs of everything that is equal in these four, compiled at most once.
+
+    Functions are equal when they are one object: a loss made anew is compiled anew. The newest
+    eight stay in memory, with what their functions close over.
+    """
 
     def train(params, opt_state, rest, patterns, batch, rate, seed, step, phase_step, *, count):
         def one(carry, ahead):
