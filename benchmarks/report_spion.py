@@ -65,13 +65,13 @@ def methods(rows: list[dict], metric: str) -> str:
     for name, own in ordered:
         every = lambda key, own=own: [row.get(key) for row in own]
         signed = lambda key, own=own: cell([sign * row[key] for row in own])
-        share = [100 * row["search_share"] for row in own]
+        share = [100 * row["search_share"] for row in own if row["search_share"] is not None]
         searched = "search_ms" in own[0]
         cells.append([
             name, signed("score"), signed("before"), layers(own, "density"), layers(own, "mass"),
             layers(own, "best_mass"), layers(own, "final_mass"), cell(every("dense_ms"), 2),
             cell(every("sparse_ms"), 2), number(float(np.mean(every("attention_mflop")))),
-            f"{cell(every('search_ms'), 1)} ({np.mean(share):.2f} %)" if searched else "-",
+            f"{cell(every('search_ms'), 1)} ({cell(share, 2)} %)" if searched else "-",
             cell(every("transition"), 0),
         ])  # fmt: skip
     head = ["method", metric, "before", "density", "mass", "best", "mass in the end", "dense ms",

@@ -107,10 +107,10 @@ def keep_pictures(path: Path, runs: Runs, method: str) -> None:
 
 def show(row: dict) -> None:
     each = lambda x: " ".join(f"{y:.3f}" for y in row.get(x, []))
-    sparse = "-" if row["sparse_ms"] is None else f"{row['sparse_ms']:.2f}"
+    ms = lambda phase: "-" if row[f"{phase}_ms"] is None else f"{row[f'{phase}_ms']:.2f}"
     print(
         f"seed {row['seed']} {row['method']:14s} {row['score']:8.4f}"
         f" valid {row['best_valid']:8.4f} before {row['before']:8.4f}"
         f" | density {each('density')} | mass {each('mass')} of {each('best_mass')}"
-        f" | {row['dense_ms']:.2f} -> {sparse} ms | {row['seconds']:.0f} s", flush=True,
+        f" | {ms('dense')} -> {ms('sparse')} ms | {row['seconds']:.0f} s", flush=True,
     )  # fmt: skip

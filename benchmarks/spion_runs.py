@@ -187,29 +187,34 @@ class Runs:
         size, pattern = self.task.size, result.patterns
         blocks = self.setting.blocks
         listable = mass.bands(blocks, 0, self.task.causal)[1].sum() / blocks**2
-        share = np.ones(size.layers)  # of what may be listed
+        density = np.ones(size.layers)  # of what may be listed
         if pattern is not None:
-            share = np.asarray(pattern.density()) / listable
-        area = listable * share
+            density = np.asarray(pattern.density()) / listable
         measured = {}
         if pattern is not None:
             measured["mass"] = quality.pattern_mass(pattern, self.mass)
             measured["best_mass"] = quality.best_mass(pattern, self.mass)
             if self.final is not None:
                 measured["final_mass"] = quality.pattern_mass(pattern, self.final)
-        times = self.start.step_seconds | result.step_seconds
-        trained = times["dense"] * self.step + times.get("sparse", times["dense"]) * size.steps
-        looked = self.probe_ms / 1e3 * (self.step // size.probe_every)
+        # A run that was ended all the time has no steps that were timed.
+        times = {"dense": None, "sparse": None} | self.start.step_seconds | result.step_seconds
+        ms = {phase: None if x is None else 1e3 * x for phase, x in times.items()}
+        now = ms["dense" if pattern is None else "sparse"]
+        share = None
+        if ms["dense"] is not None and now is not None:
+            looked = self.probe_ms * (self.step // size.probe_every) + facts.get("search_ms", 0.0)
+            share = looked / (ms["dense"] * self.step + now * size.steps)
         return {
             "seed": self.seed, "method": name,
             "score": score(self.task, result.model, *self.task.test), "best_valid": result.best,
-            **facts, "density": share.tolist(),
+            **facts, "density": density.tolist(),
             **{n: np.asarray(x).tolist() for n, x in measured.items()}, "transition": self.step,
-            "dense_ms": 1e3 * times["dense"], "probe_ms": self.probe_ms,
-            "sparse_ms": 1e3 * times["sparse"] if "sparse" in times else None,
-            "search_share": (looked + facts.get("search_ms", 0.0) / 1e3) / trained,
+            "dense_ms": ms["dense"], "sparse_ms": ms["sparse"], "probe_ms": self.probe_ms,
+            "search_share": share,
             # Of one sample, forward, whole blocks.
-            "attention_mflop": 4e-6 * size.length**2 * size.features * float(area.sum()),
+            "attention_mflop": 4e-6 * size.length**2 * size.features * float(
+                (listable * density).sum()
+            ),
             "seconds": seconds,
             "loss": [[x["step"], x["loss"]] for x in result.log if "loss" in x],
             "valid": [[x["step"], x["valid"]] for x in result.log if "valid" in x],
