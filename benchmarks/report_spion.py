@@ -30,7 +30,8 @@ and its neighbours among them, but for those whose density says otherwise:
   key as logit 0, as SPION does; all others drop it.
 - **diagonal, random, window, bigbird, longformer** look at no map.
 
-*Before* is the score right after the switch. *Mass* is the share of the dense model's attention
+*Over dense* is how much better than dense a method is, seed by seed (below 0: worse). *Before* is
+the score right after the switch. *Mass* is the share of the dense model's attention
 that the listed blocks hold, on held-out samples when the pattern was chosen, layer by layer; *best*
 is the most that as many blocks can hold, and random blocks hold their density. *Search* is the time
 of one search, and with all probes its share of the training time. MFLOP are those of attention,
@@ -43,9 +44,14 @@ def cell(values: list[float | None], digits: int = 3) -> str:
     if not found:
         return "-"
     mean = f"{np.mean(found):.{digits}f}"
-    if len(found) == 1:
-        return mean
-    return f"{mean} ({min(found):.{digits}f} to {max(found):.{digits}f})"
+    ends = [f"{x:.{digits}f}" for x in (min(found), max(found))]
+    return mean if ends[0] == ends[1] else f"{mean} ({ends[0]} to {ends[1]})"
+
+
+def median(values: list[float | None]) -> float | None:
+    """Of those that are there."""
+    found = [x for x in values if x is not None]
+    return float(np.median(found)) if found else None
 
 
 def layers(rows: list[dict], name: str) -> str:
@@ -60,22 +66,26 @@ def methods(rows: list[dict], metric: str) -> str:
     by_name: dict[str, list[dict]] = {}
     for row in rows:
         by_name.setdefault(row["method"], []).append(row)
+    dense = {row["seed"]: row["score"] for row in by_name.get("dense", [])}
     ordered = sorted(by_name.items(), key=lambda x: -np.mean([row["score"] for row in x[1]]))
     cells = []
     for name, own in ordered:
         every = lambda key, own=own: [row.get(key) for row in own]
+        middle = lambda key, own=own: cell([median([row[key] for row in own])], 2)
         signed = lambda key, own=own: cell([sign * row[key] for row in own])
+        gained = [row["score"] - dense[row["seed"]] for row in own if row["seed"] in dense]
         share = [100 * row["search_share"] for row in own if row["search_share"] is not None]
         searched = "search_ms" in own[0]
         cells.append([
-            name, signed("score"), signed("before"), layers(own, "density"), layers(own, "mass"),
-            layers(own, "best_mass"), layers(own, "final_mass"), cell(every("dense_ms"), 2),
-            cell(every("sparse_ms"), 2), number(float(np.mean(every("attention_mflop")))),
-            f"{cell(every('search_ms'), 1)} ({cell(share, 2)} %)" if searched else "-",
+            name, signed("score"), cell(gained, 4), signed("before"),
+            *(layers(own, x) for x in ("density", "mass", "best_mass", "final_mass")),
+            middle("dense_ms"), middle("sparse_ms"),
+            number(float(np.mean(every("attention_mflop")))),
+            f"{middle('search_ms')} ({cell([median(share)], 2)} %)" if searched else "-",
             cell(every("transition"), 0),
         ])  # fmt: skip
-    head = ["method", metric, "before", "density", "mass", "best", "mass in the end", "dense ms",
-            "sparse ms", "MFLOP", "search ms", "transition"]  # fmt: skip
+    head = ["method", metric, "over dense", "before", "density", "mass", "best", "mass in the end",
+            "dense ms", "sparse ms", "MFLOP", "search ms", "transition"]  # fmt: skip
     return table(head, cells)
 
 

@@ -82,7 +82,7 @@ def test_a_row_for_every_layer_and_a_column_for_every_map_and_mask():
 
 
 def test_a_panel_for_every_name_and_a_line_for_every_method():
-    lines = {name: ([1, 2, 3], [3.0, 2.0, float(number)]) for number, name in enumerate("abcdefghijkl")}
+    lines = {x: ([1, 2, 3], [3.0, 2.0, float(i)]) for i, x in enumerate("abcdefghijkl")}
     figure = curve_figure({"loss": lines, "score": {"a": ([1], [0.5])}})
     loss, score = figure.axes
     assert [axis.get_title() for axis in figure.axes] == ["loss", "score"]
