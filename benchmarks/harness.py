@@ -32,8 +32,8 @@ def measure(function, *args, repeats: int = 5) -> dict[str, float]:
     }  # fmt: skip
 
 
-def save(name: str, rows: list[dict]) -> Path:
-    """Writes `benchmarks/results/NAME.json` with what is needed to read it later.
+def save(name: str, rows: list[dict], folder: Path = Path(__file__).parent / "results") -> Path:
+    """Writes `NAME.json` in the folder with what is needed to read it later.
 
     The environment's GIT_COMMIT names the commit where the code runs outside of its repository.
     """
@@ -48,8 +48,8 @@ def save(name: str, rows: list[dict]) -> Path:
         },
         "rows": rows,
     }  # fmt: skip
-    path = Path(__file__).parent / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 

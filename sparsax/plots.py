@@ -1,8 +1,10 @@
 """Figures from plain arrays (needs the `plots` extra)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
 from matplotlib import colormaps
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
@@ -11,7 +13,7 @@ from matplotlib.patches import Patch
 from sparsax.compound import CompoundPattern
 from sparsax.layouts import BlockPattern
 from sparsax.patterns import spion
-from sparsax.typing import ScoreMap
+from sparsax.typing import ArrayLike, ScoreMap
 
 
 def spion_figure(
@@ -48,6 +50,58 @@ def spion_figure(
             axis.set(xticks=[], yticks=[])
             if layer == 0:
                 axis.set_title(title, fontsize=9)
+    return figure
+
+
+def pattern_figure(
+    maps: dict[str, Float[ArrayLike, "L n n"]], masks: dict[str, Bool[ArrayLike, "L n n"]]
+) -> Figure:
+    """A row for every layer: maps of block means, and block masks.
+
+    Args:
+        maps: pooled score maps by the name to print above them.
+        masks: block masks likewise.
+
+    Returns:
+        The figure; save it with `figure.savefig(path)`.
+    """
+    layers, columns = len(next(iter((maps | masks).values()))), [*maps, *masks]
+    figure = Figure(figsize=(1.7 * len(columns), 1.9 * layers), layout="constrained")
+    axes = figure.subplots(layers, len(columns), squeeze=False)
+    for layer, row in enumerate(axes):
+        row[0].set_ylabel(f"layer {layer}", fontsize=8)
+        for axis, name in zip(row, columns, strict=True):
+            axis.set(xticks=[], yticks=[])
+            if layer == 0:
+                axis.set_title(name, fontsize=8)
+            if name in maps:
+                image = np.asarray(maps[name][layer])
+                axis.imshow(image, cmap="magma", vmax=float(np.quantile(image, 0.98)))
+            else:
+                mask = np.asarray(masks[name][layer])
+                axis.imshow(mask, cmap="Greys", vmin=0, vmax=1)
+                axis.set_xlabel(f"{mask.mean():.3f}", fontsize=7)
+    return figure
+
+
+def curve_figure(
+    panels: dict[str, dict[str, tuple[Sequence[int], Sequence[float]]]],
+) -> Figure:
+    """A panel for every name, with a line for every method: `{panel: {method: (steps, values)}}`.
+
+    The legend is that of the first panel.
+
+    Returns:
+        The figure; save it with `figure.savefig(path)`.
+    """
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for number, (name, (steps, values)) in enumerate(lines.items()):
+            style = ("-", "--", ":")[number // 10 % 3]
+            axis.plot(steps, values, style, color=f"C{number % 10}", lw=1, label=name)
+        axis.set(title=title, xlabel="step")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return figure
 
 

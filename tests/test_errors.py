@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsax import BlockPattern, block_sparse_attention, patterns, score_map
-from sparsax.patterns import spion
+from sparsax.patterns import mass, spion
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -286,7 +286,7 @@ SEARCH = {
     ),
     "pooled_of_another_length": (
         lambda: spion.search(NOISE, block=16, variant="F", length=1000),
-        r"maps \[..., 63, 63\], one value for each block of 16 tokens; got .*\(64, 64\)",
+        r"maps \[..., 63, 63\], one value for each block of 16 tokens; got \(64, 64\)",
     ),
     "pooled_shorter_than_block": (
         lambda: spion.search(NOISE[:1, :1], block=16, variant="F", length=8),
@@ -301,9 +301,47 @@ SEARCH = {
     ),
 }
 
+MASS = {
+    "not_square": (lambda: mass.search(NOISE[:, :60], density=0.5), "must be square"),
+    "spread": (
+        lambda: mass.search(NOISE, density=0.5, spread="all"),
+        "spread must be 'model', 'layer' or 'head'; got 'all'",
+    ),
+    "neither": (lambda: mass.search(NOISE), "give either density or cover.*got density=None"),
+    "both": (lambda: mass.search(NOISE, density=0.5, cover=0.5), "give either density or cover"),
+    "density": (lambda: mass.search(NOISE, density=1.5), r"must lie within \(0, 1\].*got 1.5"),
+    "cover": (lambda: mass.search(NOISE, cover=0.0), r"must lie within \(0, 1\].*got 0.0"),
+    "band": (lambda: mass.search(NOISE, density=0.5, band=-1), "band be at least 0 blocks"),
+    "budget_below_band": (
+        lambda: mass.search(NOISE, block=8, density=0.3),
+        "density=0.3 is 19 blocks, and the diagonal with band=1 takes 22. Take density >= 0.3438",
+    ),
+    "causal_budget_below_band": (
+        lambda: mass.search(np.stack([NOISE] * 2)[:, None], block=8, density=0.3, causal=True),
+        "density=0.3 is 22 blocks, and the diagonal with band=1 takes 30. Take density >= 0.4167",
+    ),
+    "pooled_of_another_length": (
+        lambda: mass.search(NOISE, block=16, density=0.5, length=1000),
+        r"maps \[..., 63, 63\], one value for each block of 16 tokens",
+    ),
+    "nan": (
+        lambda: mass.search(np.where(NOISE > 0.9, np.nan, NOISE), block=8, density=0.5),
+        "must be finite",
+    ),
+    "constant": (
+        lambda: mass.search(np.ones((64, 64), np.float32), block=8, density=0.5),
+        "one value throughout",
+    ),
+}
+
 CALLS = {
     f"{group}-{name}": entry
-    for group, entries in (("layouts", LAYOUTS), ("static", STATIC), ("search", SEARCH))
+    for group, entries in (
+        ("layouts", LAYOUTS),
+        ("static", STATIC),
+        ("search", SEARCH),
+        ("mass", MASS),
+    )
     for name, entry in entries.items()
 }
 

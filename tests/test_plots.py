@@ -3,7 +3,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from sparsax import patterns
-from sparsax.plots import slice_figure, spion_figure
+from sparsax.plots import curve_figure, pattern_figure, slice_figure, spion_figure
 
 T, BLOCK = 64, 16
 
@@ -66,3 +66,28 @@ def test_every_pair_of_a_compound_pattern_has_the_colour_of_its_part(tmp_path):
     assert [shown[40, 60], shown[41, 43], shown[41, 40], shown[9, 40]] == [1, 2, 2, 3]
     figure.savefig(tmp_path / "figure.png", dpi=40)
     assert np.ptp(plt.imread(tmp_path / "figure.png")[..., :3]) > 0.5
+
+
+def test_a_row_for_every_layer_and_a_column_for_every_map_and_mask():
+    pooled = np.random.default_rng(0).random((2, 4, 4)).astype(np.float32)
+    masks = {"CF": pooled > 0.5, "all": np.ones((2, 4, 4), bool)}
+    figure = pattern_figure({"pooled": pooled}, masks)
+    rows = np.reshape(figure.axes, (2, 3))
+    assert [axis.get_title() for axis in rows[0]] == ["pooled", "CF", "all"]
+    for layer, row in enumerate(rows):
+        shown = [np.asarray(axis.images[0].get_array()) for axis in row]
+        np.testing.assert_array_equal(shown[0], pooled[layer])
+        np.testing.assert_array_equal(shown[1].astype(bool), masks["CF"][layer])
+        assert row[2].get_xlabel() == "1.000"
+
+
+def test_a_panel_for_every_name_and_a_line_for_every_method():
+    lines = {x: ([1, 2, 3], [3.0, 2.0, float(i)]) for i, x in enumerate("abcdefghijkl")}
+    figure = curve_figure({"loss": lines, "score": {"a": ([1], [0.5])}})
+    loss, score = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["loss", "score"]
+    assert [line.get_label() for line in loss.lines] == list("abcdefghijkl")
+    assert [float(line.get_ydata()[-1]) for line in loss.lines] == list(range(12))
+    looks = {(line.get_color(), line.get_linestyle()) for line in loss.lines}
+    assert len(looks) == 12
+    assert len(score.lines) == 1

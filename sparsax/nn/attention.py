@@ -1,8 +1,9 @@
 """Self-attention that is dense until it is given a pattern."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from sparsax.layouts import BlockPattern
 from sparsax.nn.projections import attention_projections
 from sparsax.nn.rotary import rotate
 from sparsax.typing import Implementation, Pruned
+
+Dense = Literal["xla", "cudnn"]
 
 
 class Pattern(nnx.Variable):
@@ -50,6 +53,10 @@ class SparseAttention(nnx.Module):
         rotary: base of rotary positions, see `sparsax.nn.rotate`; None is without.
         use_bias: whether the projections have a bias.
         implementation: which implementation runs, see `sparsax.block_sparse_attention`.
+        dense: what runs while there is no pattern: the implementation of
+            `jax.nn.dot_product_attention`, "xla", "cudnn" (flash attention on NVIDIA GPUs, 16-bit)
+            or None. With "cudnn" a `key_mask` must have its padding at the end: a sample with
+            padding elsewhere is NaN.
         dtype: of the computation; that of input and parameters together when None: float32, which
             the Hopper kernels do not take, unless the parameters are cast as well.
         rngs: stream of the initial parameters.
@@ -80,6 +87,7 @@ class SparseAttention(nnx.Module):
         rotary: float | None = None,
         use_bias: bool = True,
         implementation: Implementation | None = None,
+        dense: Dense | None = None,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -92,6 +100,7 @@ class SparseAttention(nnx.Module):
         self.pruned: Pruned = pruned
         self.rotary = rotary
         self.implementation: Implementation | None = implementation
+        self.dense: Dense | None = dense
         self.probing: _Probe | None = None
 
     def __call__(
@@ -109,14 +118,27 @@ class SparseAttention(nnx.Module):
             self.score_map = ScoreMap(found)  # `score_maps` takes it away again
         pattern = self.pattern.get_value()
         if pattern is None:
-            mask = None if key_mask is None else key_mask[:, None, None, :]
-            o = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=self.causal)
+            o = _attend_densely(q, k, v, key_mask, self.causal, self.dense)
         else:
             o = block_sparse_attention(
                 q, k, v, pattern, causal=self.causal, key_mask=key_mask, pruned=self.pruned,
                 implementation=self.implementation,
             )  # fmt: skip
         return self.out(o)
+
+
+def _attend_densely(q, k, v, key_mask, causal: bool, implementation: Dense | None):
+    attend = functools.partial(
+        jax.nn.dot_product_attention, q, k, v, is_causal=causal, implementation=implementation
+    )
+    if key_mask is None:
+        return attend()
+    if implementation != "cudnn":
+        return attend(mask=key_mask[:, None, None, :])
+    # Any other mask would be a bias of B x T x S numbers, read for every head.
+    o = attend(key_value_seq_lengths=key_mask.sum(1, dtype=jnp.int32))
+    at_the_end = (key_mask[:, 1:] <= key_mask[:, :-1]).all(1)
+    return jnp.where(at_the_end[:, None, None, None], o, jnp.nan)
 
 
 def score_maps(

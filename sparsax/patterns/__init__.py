@@ -1,6 +1,7 @@
 """Who attends to whom: returns a `BlockPattern`, or a `CompoundPattern` in `compound`."""
 
 from sparsax.patterns import compound as compound
+from sparsax.patterns import mass as mass
 from sparsax.patterns import quality as quality
 from sparsax.patterns import spion as spion
 from sparsax.patterns import topl as topl

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sparsax.layouts import BlockPattern
 from sparsax.typing import Key, Query
 
 
@@ -44,3 +45,22 @@ def recall(
     """The share of the `keep` most probable keys that are kept, the mean over queries."""
     best = exact(probs, keep)
     return ((kept & best).sum(-1) / best.sum(-1)).mean()
+
+
+def pattern_mass(pattern: BlockPattern, mass: Float[Array, "*L P n n"]) -> Float[Array, "*L"]:
+    """The share of dense attention that listed blocks hold, one number a layer.
+
+    Args:
+        pattern: stacked as the masses are; P may be 1 where theirs is not.
+        mass: of the blocks, from `mass.block_mass`.
+    """
+    return jnp.where(pattern.to_block_mask(), mass, 0.0).sum((-3, -2, -1)) / mass.sum((-3, -2, -1))
+
+
+def best_mass(pattern: BlockPattern, mass: Float[Array, "*L P n n"]) -> Float[Array, "*L"]:
+    """The most that as many blocks of each layer can hold: what `pattern_mass` has to reach."""
+    if pattern.num_heads == 1:
+        mass = mass.mean(-3, keepdims=True)
+    flat = jnp.sort(mass.reshape(*mass.shape[:-3], -1), axis=-1, descending=True)
+    listed = pattern.kv_num_blocks.sum((-2, -1))[..., None]
+    return jnp.where(jnp.arange(flat.shape[-1]) < listed, flat, 0.0).sum(-1) / flat.sum(-1)

@@ -173,7 +173,14 @@ def flood_fill(
     return stepped[rows + cols, rows] & (pooled > threshold)
 
 
-def _check(maps, block, variant, quantile, density, filter_length, length) -> None:
+def check_shape(maps: ArrayLike, block: int, length: int | None) -> int:
+    """The number n of blocks; ValueError when maps are not square or do not fit block and length.
+
+    Args:
+        maps: score maps, or with `length` their means over blocks.
+        block: tokens in a block.
+        length: tokens, when the maps are pooled.
+    """
     if maps.ndim not in (2, 3, 4) or maps.shape[-1] != maps.shape[-2]:
         raise ValueError(
             "score maps must be square: [T, T], [P, T, T] or [layers, P, T, T]; "
@@ -181,20 +188,16 @@ def _check(maps, block, variant, quantile, density, filter_length, length) -> No
         )
     tokens = maps.shape[-1] if length is None else length
     blocks, _ = check_blocks(tokens, tokens, block, block)
-    if variant not in ("CF", "F", "C"):
-        raise ValueError(f"variant must be 'CF', 'F' or 'C'; got {variant!r}.")
-    if length is not None and (variant != "F" or maps.shape[-1] != blocks):
+    if length is not None and maps.shape[-1] != blocks:
         raise ValueError(
-            f"length={length} says that the maps are pooled already: then variant must be 'F' and "
-            f"maps [..., {blocks}, {blocks}], one value for each block of {block} tokens; got "
-            f"variant={variant!r} and {tuple(maps.shape)}."
+            f"length={length} says that the maps are pooled already: maps [..., {blocks}, "
+            f"{blocks}], one value for each block of {block} tokens; got {tuple(maps.shape)}."
         )
-    if not 0 <= quantile < 1 or not 0 < density <= 1:
-        raise ValueError(
-            f"quantile must lie within [0, 1) and density within (0, 1]; got {quantile}, {density}."
-        )
-    if filter_length < 1 or filter_length % 2 == 0:
-        raise ValueError(f"filter_length must be odd and positive; got {filter_length}.")
+    return blocks
+
+
+def check_values(maps: ArrayLike) -> None:
+    """ValueError when score maps are not finite, or one of them is constant."""
     if known(jnp.isfinite, maps) is False:
         raise ValueError(
             "score maps must be finite; got NaN or infinity. Look at the attention logits of the "
@@ -205,3 +208,21 @@ def _check(maps, block, variant, quantile, density, filter_length, length) -> No
             "a score map has one value throughout, so there is nothing to find in it. Train the "
             "dense phase longer, or take a pattern of sparsax.patterns."
         )
+
+
+def _check(maps, block, variant, quantile, density, filter_length, length) -> None:
+    check_shape(maps, block, length)
+    if variant not in ("CF", "F", "C"):
+        raise ValueError(f"variant must be 'CF', 'F' or 'C'; got {variant!r}.")
+    if length is not None and variant != "F":
+        raise ValueError(
+            f"length={length} says that the maps are pooled already: then variant must be 'F', as "
+            f"the others convolve before they pool; got variant={variant!r}."
+        )
+    if not 0 <= quantile < 1 or not 0 < density <= 1:
+        raise ValueError(
+            f"quantile must lie within [0, 1) and density within (0, 1]; got {quantile}, {density}."
+        )
+    if filter_length < 1 or filter_length % 2 == 0:
+        raise ValueError(f"filter_length must be odd and positive; got {filter_length}.")
+    check_values(maps)

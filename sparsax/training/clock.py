@@ -23,9 +23,9 @@ class Clock:
         jax.block_until_ready(results)
         self.steps, self.seconds, self.begin = 0, 0.0, time.perf_counter()
 
-    def step(self) -> None:
-        """Counts a step."""
-        self.steps += 1
+    def count(self, steps: int) -> None:
+        """Counts steps."""
+        self.steps += steps
 
     @contextlib.contextmanager
     def paused(self, results: Any) -> Iterator[None]:

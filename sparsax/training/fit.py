@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
+from jax.tree_util import Partial
 from tqdm import tqdm
 
 from sparsax.layouts import BlockPattern
+from sparsax.nn import score_maps
 from sparsax.training.checkpoint import Log, RunFolder
 from sparsax.training.clock import Clock
+from sparsax.training.programs import given
 from sparsax.training.run import FitResult, Run
 from sparsax.training.schedule import Schedule
 
@@ -28,6 +31,10 @@ class FitConfig:
         eval_every: steps between two evaluations; the last step is evaluated as well.
         save_every: steps between two checkpoints.
         log_every: steps between two rows of the log.
+        steps_per_call: steps that the device does without asking Python, in one loop; all other
+            numbers of steps must be multiples of it. Small models train several times as fast.
+        search_again: steps after which a sparse model's patterns are found anew; the learning rate
+            goes on.
         seed: of dropout.
         name: shown beside the progress bar.
         progress: whether to show it.
@@ -39,6 +46,8 @@ class FitConfig:
     eval_every: int = 500
     save_every: int = 500
     log_every: int = 20
+    steps_per_call: int = 1
+    search_again: tuple[int, ...] = ()
     seed: int = 0
     name: str = ""
     progress: bool = True
@@ -52,6 +61,8 @@ def fit(
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[jax.Array], jax.Array],
     find_patterns: Callable[[jax.Array], BlockPattern] | None = None,
+    probe: Callable[[nnx.Module, Any], jax.Array] = score_maps,
+    stop: Callable[[], bool] = lambda: False,
     evaluate: Callable[[nnx.Module], float],
     config: FitConfig,
     folder: str | Path | None = None,
@@ -59,22 +70,29 @@ def fit(
 ) -> FitResult:
     """Trains a model, dense at first, and sparse from the moment its score maps settle.
 
-    The log has a row every `log_every` steps, with the loss, the metrics and the time of a step,
-    and a row for every evaluation (`valid`). Give `folder` and the run survives a kill at any time:
-    started again with the same arguments it goes on from its newest checkpoint and ends with the
-    same parameters and patterns.
+    The log has a row every `log_every` steps, with the loss and the metrics (their mean over the
+    steps of a call) and the time of a step, and a row for every evaluation (`valid`). Give `folder`
+    and the run survives a kill at any time: started again with the same arguments it goes on from
+    its newest checkpoint and ends with the same parameters and patterns. Runs that share model
+    structure, loss, optimizer and probe share their compiled programs.
 
     Args:
         model: holds `sparsax.nn.SparseAttention` layers; its `nnx.Param`s are trained. It may come
             with patterns of its own when there is no schedule.
         loss: `(model, batch, rngs) -> (loss, metrics)`, traced; `rngs` has a dropout stream.
         batch: the batch of a step, a pure function of the step number so that a resumed run sees
-            the same data. Its first element is what the model is called with for a probe.
+            the same data. Its first element is what the model is called with for a probe. With
+            `steps_per_call` it is a `jax.tree_util.Partial` that takes a traced step, such as
+            `on_device` makes.
         optimizer: gives the descent direction *without* a learning rate, e.g.
             `optax.scale_by_adam()`. Its state is kept at the transition.
-        learning_rate: of the step within the phase: the schedule restarts at the transition.
+        learning_rate: of the step within the phase: the schedule restarts at the transition. A
+            `jax.tree_util.Partial` keeps its numbers out of the compiled program.
         find_patterns: from score maps `[L, P, T, T]` to a stacked pattern, e.g.
             `functools.partial(patterns.spion.search, block=64)`. Needed with a schedule.
+        probe: the score maps of a model for the first element of a batch, e.g.
+            `functools.partial(sparsax.nn.score_maps, per_head=True, pool=64)`.
+        stop: asked after every call; True saves the run and ends it there.
         evaluate: a score of the model, higher is better.
         config: steps, schedule, intervals.
         folder: where checkpoints and `log.jsonl` go; None keeps nothing.
@@ -85,13 +103,14 @@ def fit(
         The result, see `FitResult`.
 
     Raises:
-        ValueError: a schedule without `find_patterns` or for a model that has patterns already, or
-            nothing left to train.
+        ValueError: a schedule or `search_again` without `find_patterns`, a schedule for a model
+            that has patterns already, numbers of steps that are no multiples of `steps_per_call`,
+            or nothing left to train.
     """
-    schedule = config.schedule
-    run = Run(model, loss, optimizer, learning_rate, find_patterns, schedule, config.seed)
-    if schedule is not None and start is None:
-        _check_schedule(run)
+    schedule, count = config.schedule, config.steps_per_call
+    run = Run(model, loss, optimizer, learning_rate, find_patterns, probe, schedule, config.seed)
+    _check_calls(config, batch, 0 if start is None else start["step"])
+    _check_search(run, config, start)
     disk = None if folder is None else RunFolder(folder)
     log = Log(None if disk is None else disk.path / "log.jsonl")
     state = run.begin(start, batch(0)[0])
@@ -104,16 +123,17 @@ def fit(
     if done >= config.steps and restored is None:
         raise ValueError(f"steps={config.steps} leaves nothing to train after {done}.")
 
-    stopped = config.stop_at_transition and run.facts["transition_step"]
+    last = done >= config.steps or bool(config.stop_at_transition and run.facts["transition_step"])
     bar = tqdm(
         total=config.steps, initial=done, disable=not config.progress, unit="step",
         desc=config.name, dynamic_ncols=True,
     )  # fmt: skip
     clock, shown, compiles = Clock(), {}, True
-    for step in range(done + 1, 0 if stopped else config.steps + 1):
+    for step in range(done + count, 0 if last else config.steps + 1, count):
         now = {"step": step, "phase": run.phase, "density": run.density}
-        state, metrics = run.train_step(state, batch(step), step)
-        clock.step()
+        ahead = batch if isinstance(batch, Partial) else given(batch(step))
+        state, metrics = run.train(state, ahead, step, count)
+        clock.count(count)
         if compiles:
             clock.restart(metrics)
         if step % config.log_every == 0 or step == config.steps:
@@ -126,35 +146,64 @@ def fit(
             with clock.paused(state):
                 state = run.probe(state, batch(step)[0], step)
             compiles = run.phase == "sparse"
+        if now["phase"] == "sparse" and step in config.search_again:
+            with clock.paused(state):
+                run.search_again(state, batch(step)[0])
         last = step == config.steps or (compiles and config.stop_at_transition)
         if step % config.eval_every == 0 or last:
             with clock.paused(state):
                 state, score = run.evaluate(state, evaluate, last=last)
             log.write(step=step, phase=run.phase, density=run.density, valid=score)
             shown |= {"valid": score}
-        if disk is not None and (step % config.save_every == 0 or compiles or last):
+        ends = last or stop()
+        if disk is not None and (step % config.save_every == 0 or compiles or ends):
             with clock.paused(state):
                 disk.save(step, state, {"patterns": run.patterns}, run.facts)
-        _show(bar, shown)
-        if last:
+        _show(bar, shown, count)
+        if ends:
             break
     bar.close()
     if disk is not None:
         disk.close()
-    return run.result(state, log.rows)
+    return run.result(state, log.rows, finished=last)
 
 
-def _check_schedule(run: Run) -> None:
-    if run.find is None:
-        raise ValueError("a schedule needs find_patterns, e.g. sparsax.patterns.spion.search.")
-    if run.arrived_sparse:
+def _check_calls(config: FitConfig, batch: Callable[..., Any], start: int) -> None:
+    count = config.steps_per_call
+    if count == 1:
+        return
+    if count < 1 or not isinstance(batch, Partial):
+        raise ValueError(
+            "steps_per_call must be at least 1, and above 1 the loop runs on the device, data and "
+            "all: batch must be a jax.tree_util.Partial, e.g. sparsax.training.on_device(batches, "
+            f"steps); got steps_per_call={count} and batch of type {type(batch).__name__}."
+        )
+    numbers = {n: getattr(config, n) for n in ("steps", "eval_every", "save_every", "log_every")}
+    numbers |= {"start": start} | {
+        f"search_again[{i}]": step for i, step in enumerate(config.search_again)
+    }
+    if config.schedule is not None:
+        numbers |= {n: getattr(config.schedule, n) for n in ("probe_every", "max_dense_steps")}
+    odd = {name: number for name, number in numbers.items() if number % count}
+    if odd:
+        raise ValueError(
+            f"all numbers of steps must be multiples of steps_per_call={count}; got {odd}."
+        )
+
+
+def _check_search(run: Run, config: FitConfig, start: dict | None) -> None:
+    scheduled = run.schedule is not None and start is None
+    if run.find is None and (scheduled or config.search_again):
+        name = "a schedule" if scheduled else "search_again"
+        raise ValueError(f"{name} needs find_patterns, e.g. sparsax.patterns.spion.search.")
+    if scheduled and run.arrived_sparse:
         raise ValueError(
             "a schedule starts dense, but the model has patterns already; call "
             "sparsax.nn.set_patterns(model, None) before, or fit with schedule=None."
         )
 
 
-def _show(bar: tqdm, facts: dict) -> None:
+def _show(bar: tqdm, facts: dict, steps: int) -> None:
     text = {n: x if isinstance(x, str) else f"{x:.3f}" for n, x in facts.items() if n != "step"}
     bar.set_postfix(text, refresh=False)
-    bar.update()
+    bar.update(steps)

@@ -1,4 +1,4 @@
-"""What a training run does between two looks at it: jitted steps, probes, the best so far."""
+"""What a training run does between two looks at it: steps, probes, the best so far."""
 
 import dataclasses
 import time
@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
+from jax.tree_util import Partial
 
 from sparsax.layouts import BlockPattern
-from sparsax.nn import SparseAttention, score_maps, set_patterns
+from sparsax.nn import SparseAttention
 from sparsax.training.clock import step_seconds
+from sparsax.training.programs import as_data, merged, programs
 
 
 @dataclasses.dataclass
@@ -30,6 +31,7 @@ class FitResult:
         log: rows of the log.
         search_seconds: time of the pattern search, compilation not counted.
         step_seconds: median time of a step in each phase, compilation not counted.
+        finished: False when `stop` ended the run before its last step.
     """
 
     model: nnx.Module
@@ -41,17 +43,20 @@ class FitResult:
     log: list[dict]
     search_seconds: float
     step_seconds: dict[str, float]
+    finished: bool
 
 
 class Run:
-    """The jitted functions of a run, and the facts that are not arrays.
+    """What a run does step by step, and the facts that are not arrays.
 
     The arrays, `state`, are handed in and out: parameters, optimizer state, the best parameters,
     and while a schedule runs its state and what was copied at the transition.
     """
 
-    def __init__(self, model, loss, optimizer, learning_rate, find_patterns, schedule, seed):
+    def __init__(self, model, loss, optimizer, learning_rate, find_patterns, probe, schedule, seed):
         self.graphdef, self.params, self.rest = nnx.split(model, nnx.Param, ...)
+        self.programs = programs(self.graphdef, loss, optimizer, probe)
+        self.rate, self.seed = as_data(learning_rate), jnp.int32(seed)
         self.optimizer, self.find, self.schedule = optimizer, find_patterns, schedule
         self.patterns: BlockPattern | None = None
         self.own_densities = [
@@ -61,28 +66,16 @@ class Run:
         self.facts = {
             "step": 0, "phase_start": 0, "transition_step": 0, "best": None, "search_seconds": 0.0,
         }  # fmt: skip
-
-        def train_step(params, opt_state, patterns, batch, step, phase_step):
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            # The stream is made inside: flax counts its draws at the trace level it was made at.
-            objective = lambda p: loss(self.model(p, patterns), batch, nnx.Rngs(dropout=key))
-            (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            rate = learning_rate(phase_step)
-            updates = jax.tree.map(lambda update: -rate * update, updates)
-            return optax.apply_updates(params, updates), opt_state, {"loss": value, **metrics}
-
-        self._train_step = jax.jit(train_step, donate_argnums=(0, 1))
-        self._maps = jax.jit(lambda params, x: score_maps(self.model(params, None), x))
         if schedule is not None:
             self._observe = jax.jit(schedule.observe)
 
     def model(self, params, patterns) -> nnx.Module:
         """A new module of these parameters; with `patterns` None it keeps those it came with."""
-        model = nnx.merge(self.graphdef, params, self.rest, copy=True)
-        if patterns is not None:
-            set_patterns(model, patterns)
-        return model
+        return merged(self.graphdef, params, self.rest, patterns)
+
+    def maps(self, params, example) -> jax.Array:
+        """The score maps of these parameters, under the patterns of now."""
+        return self.programs.maps(params, self.rest, self.patterns, example)
 
     @property
     def arrived_sparse(self) -> bool:
@@ -116,30 +109,36 @@ class Run:
                 self._search(start["maps"])
         state["best"] = _copy(state["params"])
         if self.schedule is not None:
-            shape = jax.eval_shape(self._maps, self.params, example).shape
+            shape = jax.eval_shape(self.maps, self.params, example).shape
             state["schedule"] = self.schedule.init(shape)
             state["transition"] = _copy({"params": state["params"], "opt": state["opt"]})
         return state
 
-    def train_step(self, state: dict, batch, step: int) -> tuple[dict, dict]:
-        """The next state, and the loss and metrics of the batch."""
-        phase_step = jnp.asarray(step - 1 - self.facts["phase_start"], jnp.int32)
-        params, opt, metrics = self._train_step(
-            state["params"], state["opt"], self.patterns, batch, jnp.int32(step), phase_step
-        )
+    def train(self, state: dict, batch: Partial, step: int, count: int) -> tuple[dict, dict]:
+        """The state after `step`, `count` steps on, and the mean loss and metrics of those."""
+        first = step - count + 1
+        params, opt, metrics = self.programs.train(
+            state["params"], state["opt"], self.rest, self.patterns, batch, self.rate, self.seed,
+            jnp.int32(first), jnp.int32(first - 1 - self.facts["phase_start"]), count=count,
+        )  # fmt: skip
         self.facts["step"] = step
         return state | {"params": params, "opt": opt}, metrics
 
     def probe(self, state: dict, example, step: int) -> dict:
         """Looks at the score maps; turns sparse when they have settled, or when time is up."""
         assert self.schedule is not None
-        schedule, settled = self._observe(state["schedule"], self._maps(state["params"], example))
+        schedule, settled = self._observe(state["schedule"], self.maps(state["params"], example))
         if bool(settled) or self.schedule.forced(step):
             self._search(schedule.maps)
             # What was best while dense says nothing of the sparse model.
             self.facts |= {"phase_start": step, "transition_step": step, "best": None}
             state = state | {"transition": _copy({"params": state["params"], "opt": state["opt"]})}
         return state | {"schedule": schedule}
+
+    def search_again(self, state: dict, example) -> None:
+        """Finds the patterns anew in the maps of now; the search before says nothing of them."""
+        self._search(self.maps(state["params"], example))
+        self.facts["best"] = None
 
     def _search(self, maps) -> None:
         self.patterns = jax.block_until_ready(self.find(maps))
@@ -156,7 +155,7 @@ class Run:
             state = state | {"best": _copy(state["params"])}
         return state, score
 
-    def result(self, state: dict, rows: list[dict]) -> FitResult:
+    def result(self, state: dict, rows: list[dict], *, finished: bool) -> FitResult:
         """What the run leaves behind."""
         maps, transition = None, None
         if "schedule" in state:
@@ -173,7 +172,7 @@ class Run:
         last = {"params": state["params"], "opt": state["opt"], "step": self.facts["step"]}
         return FitResult(
             self.model(params, self.patterns), best, self.patterns, maps, transition, last, rows,
-            self.facts["search_seconds"], step_seconds(rows),
+            self.facts["search_seconds"], step_seconds(rows), finished,
         )  # fmt: skip
 
 

@@ -54,6 +54,24 @@ def test_dense_is_the_full_pattern(causal, num_kv_heads, padded):
     assert_near(model(inputs(), key_mask=key_mask), dense, 1e-5, "output")
 
 
+def test_dense_cudnn_takes_padding_at_the_end_and_is_nan_for_any_other(monkeypatch):
+    asked, attend = [], jax.nn.dot_product_attention
+
+    def stand_in(*arrays, implementation, **options):  # there is no cuDNN without a GPU
+        asked.append(implementation)
+        return attend(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    x, mask = inputs(), tail_is_padding()
+    want, got = (layer(dense=name)(x, key_mask=mask) for name in ("xla", "cudnn"))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert asked == ["xla", "cudnn"]
+    bad = layer(dense="cudnn")(x, key_mask=mask.at[1].set(mask[1, ::-1]))
+    np.testing.assert_allclose(bad[0], want[0], atol=1e-6)
+    assert np.isnan(bad[1]).all()
+    np.testing.assert_array_equal(layer(dense="cudnn")(x), layer()(x))
+
+
 @pytest.mark.parametrize("pruned", ["drop", "zero"])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_a_layer_is_its_projections_and_one_call(pruned, implementation):

@@ -1,0 +1,68 @@
+"""Time and memory of a training step: dense attention in two ways, and fixed patterns."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from spion_methods import FINDERS
+
+from sparsax.training.run import Run
+
+MATERIALISED_UP_TO = 8192  # tokens; beyond, its steps would take minutes to time
+PEERS = ("dense, materialised", "dense", "diagonal", "random", "window", "bigbird", "longformer")
+
+
+def peers(runs: Any):
+    """Rows of milliseconds and bytes of a step; the loss tells whether the dense ones agree."""
+    losses = {}
+    for name in PEERS:
+        dense = runs.args.dense
+        if name == "dense, materialised":
+            if dense == "xla":
+                continue  # that is what dense runs
+            dense = "xla"
+        pattern = None if name.startswith("dense") else FINDERS[name](runs.setting, None)
+        run = runs.run("drop", dense, pattern)
+        timed = pattern is not None or dense != "xla" or runs.task.size.length <= MATERIALISED_UP_TO
+        row = {"peer": name, **measure(run, runs.batch, runs.task.size.steps_per_call, timed)}
+        losses[name] = row.get("loss")
+        print(row, flush=True)
+        yield row
+    compare_losses(losses)
+
+
+def arguments(run: Run, batch: Any) -> tuple:
+    """What the first call of the training program gets."""
+    state = run.begin(None, batch(0)[0])
+    return (state["params"], state["opt"], run.rest, run.patterns, batch, run.rate, run.seed,
+            jnp.int32(1), jnp.int32(0))  # fmt: skip
+
+
+def measure(run: Run, batch: Any, count: int, timed: bool) -> dict:
+    """Milliseconds of a step, its bytes beside parameters and data, the loss of the first steps."""
+    compiled = run.programs.train.lower(*arguments(run, batch), count=count).compile()
+    memory = compiled.memory_analysis()
+    row = {"bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes}
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if not timed or (limit is not None and row["bytes"] > 0.9 * limit):
+        return row
+    state, metrics = run.train(run.begin(None, batch(0)[0]), batch, count, count)
+    row["loss"] = float(metrics["loss"])
+    times = []
+    for call in (2, 3):
+        begin = time.perf_counter()
+        state, metrics = run.train(state, batch, call * count, count)
+        jax.block_until_ready(metrics)
+        times.append((time.perf_counter() - begin) / count)
+    return row | {"ms": 1e3 * min(times)}
+
+
+def compare_losses(losses: dict[str, float | None]) -> None:
+    """Says so when flash attention trains otherwise than materialised attention does."""
+    one, other = losses.get("dense, materialised"), losses.get("dense")
+    if one is not None and other is not None and not abs(one - other) < 0.02 * abs(one):
+        raise SystemExit(
+            f"dense attention of two kinds must train alike; the mean losses of the first steps "
+            f"are {one} and {other}. Go on with --dense xla."
+        )

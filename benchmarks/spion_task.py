@@ -1,0 +1,124 @@
+"""What a task of the SPION comparison is: its numbers, its flags, and what a model is worth."""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.tree_util import Partial
+
+from sparsax.nn import SparseAttention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """The numbers of a task; each is a flag, `--batch-size 64`."""
+
+    length: int
+    block: int
+    layers: int
+    features: int
+    heads: int
+    batch_size: int
+    learning_rate: float
+    dropout: float
+    probe_every: int
+    tolerance: float = 0.15  # of the transition rule; next to nothing: at --dense-steps
+    dense_steps: int  # at most
+    steps: int  # after the transition
+    steps_per_call: int = 50
+    density: float  # of what may be listed, the forced band among it
+    band: int = 1
+    quantile: float  # of the paper
+    paper_density: float
+    cover: float = 0.9
+    held_batches: int  # batches that a validation looks at; a test takes twice as many
+
+    def changed_by(self, args: argparse.Namespace) -> "Size":
+        """These numbers, but for those that flags gave."""
+        given = {n: x for n, x in vars(args).items() if hasattr(self, n) and x is not None}
+        return dataclasses.replace(self, **given)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model to be made, its loss, its data on the device, and what a model is worth."""
+
+    name: str
+    metric: str
+    size: Size
+    make: Callable[[int], nnx.Module]  # of a seed
+    loss: Callable[..., Any]
+    optimizer: Any
+    batches: Callable[[int, int], Partial]  # of seed and steps
+    measure: Callable[[nnx.Module, Any], jax.Array]  # of a batch, higher is better
+    valid: Any  # arrays [batches, B, ...]
+    test: list[Any]  # of the same shape as `valid`
+    causal: bool = False
+    padded: bool = False
+
+
+def parse(description: str | None) -> argparse.Namespace:
+    """The flags of every script."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="folder with the files")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoints, figures, pictures")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", help="in this order; dense before oracle")
+    parser.add_argument("--minutes", type=float, default=600, help="stop, to be gone on with")
+    parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
+    parser.add_argument("--dense", choices=["cudnn", "xla"], help="what dense attention runs")
+    parser.add_argument("--no-peers", action="store_true", help="no table of time and memory")
+    parser.add_argument("--no-bar", action="store_true", help="no progress bars")
+    for field in dataclasses.fields(Size):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if args.dense is None:
+        args.dense = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    return args
+
+
+def dtype() -> Any:
+    """Of the computation: the kernels take 16 bits, a CPU has no use for them."""
+    return jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+
+
+def configured(model: nnx.Module, pruned: str, dense: str) -> nnx.Module:
+    """The model with these choices in every attention layer."""
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, SparseAttention):
+            layer.pruned, layer.dense = pruned, dense
+    return model
+
+
+def one_cycle(peak: float, steps: int) -> Partial:
+    """The rate climbs to its peak in 30 % of the steps, is back at 85 %, and ends near zero."""
+    return Partial(_one_cycle, jnp.float32(peak), jnp.float32(steps))
+
+
+def _one_cycle(peak, steps, step):
+    x = step / steps  # jnp.interp would search its knots in a loop, every step
+    up, down, end = 0.04 + 3.2 * x, 1 - 0.96 * (x - 0.3) / 0.55, 0.04 * (1 - x) / 0.15
+    return peak * jnp.where(x < 0.3, up, jnp.where(x < 0.85, down, jnp.maximum(end, 4e-6)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def one_score(measure, graphdef, state, held):
+    return jax.lax.map(lambda batch: measure(nnx.merge(graphdef, state), batch), held).mean()
+
+
+def score(task: Task, model: nnx.Module, *parts: Any) -> float:
+    """What the model is worth on held-out parts, higher is better."""
+    graphdef, state = nnx.split(model)
+    return float(np.mean([one_score(task.measure, graphdef, state, part) for part in parts]))

@@ -1,0 +1,179 @@
+"""One budget of blocks for all layers, spent where the captured attention mass is largest.
+
+A search beside SPION's (`sparsax.patterns.spion`) that reads the same score maps:
+
+    score maps [L, P, T, T] -> mass of blocks [L, P, n, n] -> forced band -> the largest of them all
+
+The mass of a block is the probability that a query of its row gives to its keys, averaged over the
+row's queries. A row of blocks adds up to 1, so masses compare across rows, heads and layers, and a
+layer whose attention is spread thin gets the blocks that a layer with a sharp band does not need.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sparsax.layouts import BlockPattern, block_sizes
+from sparsax.patterns import spion
+from sparsax.typing import ArrayLike
+
+Spread = Literal["model", "layer", "head"]
+
+
+def search(
+    maps: Float[ArrayLike, "*L T T"],
+    *,
+    block: int = 64,
+    density: float | None = None,
+    cover: float | None = None,
+    spread: Spread = "model",
+    band: int = 1,
+    causal: bool = False,
+    equal_rows: bool = True,
+    length: int | None = None,
+) -> BlockPattern:
+    """A forced band of blocks, and those of the largest mass, one pattern for every map.
+
+    Args:
+        maps: softmax probabilities averaged over the batch (`sparsax.score_map`): `[T, T]`,
+            `[P, T, T]` for a pattern per head, `[L, P, T, T]` for the patterns of L layers.
+        block: tokens in a block.
+        density: listed blocks over all blocks that may be listed, the band among them; with
+            `causal`, those on and below the diagonal may be.
+        cover: instead of a density, the share of the mass to hold: the smallest set of blocks,
+            the band among them, that holds at least so much.
+        spread: which maps share a budget (or a cover): all of the "model", those of a "layer", or
+            none, each "head" having its own.
+        band: forced blocks on each side of the diagonal, besides the diagonal itself; with
+            `causal`, on the side of the past alone.
+        causal: list no block above the diagonal.
+        equal_rows: count every row of blocks as 1. False leaves a row its own sum: padded queries
+            count nothing in a score map, so rows that are padding in most samples weigh less.
+        length: T, when the maps are pooled already, `[..., n, n]` from
+            `sparsax.score_map(pool=block)`.
+
+    Returns:
+        The pattern, with full capacity. Under jit, NaN or infinity in a map leaves all heads that
+        share its budget invalid: their attention is NaN.
+
+    Raises:
+        ValueError: the maps are not square, smaller than a block, not finite or constant; a setting
+            is out of range; or the budget is smaller than the forced band.
+
+    Example:
+        >>> import jax
+        >>> import sparsax
+        >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 256, 2, 16))
+        >>> maps = sparsax.score_map(q, k, per_head=True, pool=32)
+        >>> pattern = sparsax.patterns.mass.search(maps, block=32, density=0.5, length=256)
+        >>> float(pattern.density())
+        0.5
+    """
+    blocks = spion.check_shape(maps, block, length)
+    _check(maps, blocks, density, cover, spread, band, causal)
+    spion.check_values(maps)
+    settings = (block, density, cover, spread, band, causal, equal_rows, length)
+    return _search(jnp.asarray(maps, jnp.float32), *settings)
+
+
+def block_mass(
+    maps: Float[ArrayLike, "*L T T"], *, block: int = 64, length: int | None = None
+) -> Float[Array, "*L n n"]:
+    """The probability that each block of queries gives to each block of keys.
+
+    Args:
+        maps: score maps.
+        block: tokens in a block.
+        length: T, when the maps are pooled already.
+
+    Returns:
+        Means over the queries of a block of their sums over the keys of a block. Rows add up to 1,
+        or less where queries are padding.
+    """
+    pooled = jnp.asarray(maps, jnp.float32)
+    if length is None:
+        length = pooled.shape[-1]
+        square = pooled.reshape(-1, length, length)
+        each = jax.lax.map(lambda x: spion.average_pool(x, block), square)
+        pooled = each.reshape(*pooled.shape[:-2], *each.shape[1:])
+    return pooled * block_sizes(length, block)
+
+
+def bands(blocks: int, band: int, causal: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Block masks `[n, n]` of what is forced, and of what may be listed."""
+    behind = np.arange(blocks)[:, None] - np.arange(blocks)
+    listable = behind >= 0 if causal else np.ones_like(behind, bool)
+    return listable & (abs(behind) <= band), listable
+
+
+@functools.partial(jax.jit, static_argnums=range(1, 9))
+def _search(maps, block, density, cover, spread, band, causal, equal_rows, length) -> BlockPattern:
+    mass = block_mass(maps, block=block, length=length)
+    if equal_rows:
+        rows = mass.sum(-1, keepdims=True)
+        mass = mass / jnp.where(rows > 0, rows, 1.0)
+    leading, blocks = mass.shape[:-2], mass.shape[-1]
+    count = _budgets(leading, spread)
+    together = lambda x: jnp.broadcast_to(x, mass.shape).reshape(count, -1)
+    forced, listable = (together(x) for x in bands(blocks, band, causal))
+    mass = jnp.where(listable, together(mass), 0.0)
+    # The band comes first, what may not be listed comes last; the first of equals wins.
+    order = jnp.argsort(
+        jnp.where(forced, jnp.inf, jnp.where(listable, mass, -1.0)), descending=True, stable=True
+    )
+    if cover is None:
+        kept = jnp.arange(order.shape[-1]) < _budget(leading, blocks, density, spread, causal)
+    else:
+        held = jnp.take_along_axis(mass, order, axis=-1)
+        kept = held.cumsum(-1) - held < cover * held.sum(-1, keepdims=True)
+    kept = jnp.broadcast_to(kept, order.shape)
+    mask = jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False) | forced
+    mask = mask.reshape(*leading, blocks, blocks)
+    pattern = BlockPattern.from_block_mask(mask, q_len=length or maps.shape[-1], block_q=block)
+    finite = jnp.isfinite(maps).all((-2, -1)).reshape(count, -1)
+    shared = jnp.broadcast_to(finite.all(-1, keepdims=True), finite.shape)
+    return pattern.invalidate(~shared.reshape(leading or (1,)))
+
+
+def _budgets(leading: tuple[int, ...], spread: Spread) -> int:
+    """How many budgets there are for maps `[*leading, n, n]`."""
+    layers, heads = (1, 1, *leading)[-2:]
+    return {"model": 1, "layer": layers, "head": layers * heads}[spread]
+
+
+def _budget(leading, blocks: int, density: float, spread: Spread, causal: bool) -> int:
+    """The blocks of one budget."""
+    maps = int(np.prod(leading)) // _budgets(leading, spread)
+    return round(density * maps * int(bands(blocks, 0, causal)[1].sum()))
+
+
+def _check(maps, blocks, density, cover, spread, band, causal) -> None:
+    if spread not in ("model", "layer", "head"):
+        raise ValueError(f"spread must be 'model', 'layer' or 'head'; got {spread!r}.")
+    if (density is None) == (cover is None):
+        raise ValueError(
+            "give either density or cover, the share of blocks or of the mass to keep; got "
+            f"density={density} and cover={cover}."
+        )
+    share = cover if density is None else density
+    if not 0 < share <= 1 or band < 0:
+        raise ValueError(
+            "density or cover must lie within (0, 1] and band be at least 0 blocks; got "
+            f"{share} and {band}."
+        )
+    if density is None:
+        return
+    leading = maps.shape[:-2]
+    budget = _budget(leading, blocks, density, spread, causal)
+    forced, listable = bands(blocks, band, causal)
+    needed = int(forced.sum()) * int(np.prod(leading)) // _budgets(leading, spread)
+    if budget < needed:
+        raise ValueError(
+            f"the budget must hold the forced band: density={density} is {budget} blocks, and the "
+            f"diagonal with band={band} takes {needed}. Take density >= "
+            f"{forced.sum() / listable.sum():.4f}, or a smaller band."
+        )
