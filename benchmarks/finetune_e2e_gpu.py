@@ -31,97 +31,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from finetune_ways import WAYS, Parts, convert, rules_of
 from flax import nnx
 from generation import Search, search
 from harness import save
-from language import END, Pairs, Words, halve, load_model, read_pairs, use_flash
+from language import END, Pairs, Words, halve, read_pairs
 from tqdm import tqdm
 
-import sparsax
-from sparsax.nn import CommonParam, RoutedFFN, RouterParam
-from sparsax.rules import TSVD, LoRA, Routed, TopL, TSVDCommon
-
 HERE = Path(__file__).parent
-ATTENTION = r".*attention\.(query|key|value|out)"
-LINEARS = rf"{ATTENTION}|.*ffn\.(up|gate|down)"
-RANK, BLOCKS, PIECES = 16, 4, 20  # dispatches of an epoch
+PIECES = 20  # dispatches of an epoch
 KEYS = ("way", "seed", "batch", "rate", "epochs")  # what makes a row another one
-
-
-def factors(path: tuple, value: typing.Any) -> bool:
-    """Selects the factors of TSVD layers."""
-    return path[-1] in ("u", "v")
-
-
-def rules_of(way: str, length: int, seed: int, args) -> tuple[list, typing.Any]:
-    """`(rules, what is trained)`."""
-    name, *numbers = way.split("-")
-    lora = functools.partial(LoRA, rank=RANK, seed=seed)
-    top_l = lambda part: TopL(path=r".*\.attention", keep=length // part, seed=seed, sequences=32)
-    routed = lambda active: Routed(
-        path=r".*\.ffn", num_blocks=BLOCKS, active=active, lora_rank=RANK, frozen=True,
-        tokens=args.tokens, seed=seed,
-    )  # fmt: skip
-    tuned = nnx.Any(nnx.LoRAParam, RouterParam)
-    if way == "full":
-        return [], nnx.Param
-    if way == "lora":
-        return [lora(path=LINEARS)], nnx.LoRAParam
-    if way == "lora-qv":
-        path = r".*attention\.(query|value)"
-        return [LoRA(path=path, rank=4, alpha=32, seed=seed)], nnx.LoRAParam
-    if name == "spt":
-        active, part = map(int, numbers)
-        return [lora(path=ATTENTION), routed(active), top_l(part)], tuned
-    if name == "routed":
-        return [lora(path=ATTENTION), routed(int(numbers[0]))], tuned
-    if name == "top":
-        return [lora(path=LINEARS), top_l(int(numbers[0]))], tuned
-    if name == "common":
-        mode = "residual" if numbers[1:] else "compressed"
-        rule = TSVDCommon(path=LINEARS, tile=args.common_tile, ratio=int(numbers[0]), mode=mode)
-        return [rule], CommonParam
-    rule = TSVD(path=LINEARS, tile=args.tile, ratio=int(numbers[0]), implementation=args.tsvd)
-    return [rule], factors
-
-
-WAYS = (
-    "full", "lora", "lora-qv", "spt-2-8", "spt-2-4", "spt-3-8", "spt-3-4", "routed-2", "routed-3",
-    "top-8", "top-4", "common-2", "common-4", "common-2-res", "common-4-res", "tsvd-2", "tsvd-4",
-)  # fmt: skip
-
-
-@dataclasses.dataclass
-class Parts:
-    """A model taken apart: its graph, what is trained, what is frozen, and state like codebooks."""
-
-    graph: typing.Any
-    tuned: typing.Any
-    frozen: typing.Any
-    other: typing.Any
-
-
-def convert(way: str, seed: int, args, calibration) -> tuple[Parts, int]:
-    """The model of a way, ready to be trained, and its number of parameters."""
-    rules, wrt = rules_of(way, args.length, seed, args)
-    model = load_model(args.model, jnp.bfloat16)
-    if rules:
-        see = nnx.jit(lambda model, tokens: model(tokens))
-        run = lambda model: see(model, calibration)
-        model, _ = sparsax.sparsify(model, rules, calibrate=run)
-    use_flash(model, args.flash)
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, RoutedFFN):
-            module.implementation = args.routed
-    halve(model, nnx.All(nnx.Param, nnx.Not(wrt)))
-    size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    return Parts(*nnx.split(model, wrt, nnx.Param, ...)), size
 
 
 def token_losses(model, tokens, to, count, smoothing: float):
     """Nats of the sentences' tokens, and their number."""
     tokens = tokens.astype(jnp.int32)
-    log_p = jax.nn.log_softmax(model(tokens[:, :-1]).astype(jnp.float32), -1)
+    log_p = jax.nn.log_softmax(model(tokens)[:, :-1].astype(jnp.float32), -1)
     true = jnp.take_along_axis(log_p, tokens[:, 1:, None], -1)[..., 0]
     index = jnp.arange(1, tokens.shape[1])
     counts = (index > to[:, None]) & (index < count[:, None])
@@ -255,6 +180,7 @@ class Study:
         return row | {"seconds": time.perf_counter() - begin}
 
     def searches(self) -> dict[str, Search]:
+        """Greedy, and the beam of Hu et al. (2021)."""
         steps = 8 if self.args.quick else 64
         beam = Search(end=END, steps=steps, width=10, length_penalty=0.9, no_repeat=4)
         found = {"greedy": Search(end=END, steps=steps)}
