@@ -22,7 +22,6 @@ sentences go to a folder, a file for each row, for `e2e_metrics.py`.
 import argparse
 import dataclasses
 import functools
-import json
 import time
 import typing
 from pathlib import Path
@@ -35,7 +34,7 @@ from finetune_ways import WAYS, Parts, convert, rules_of
 from flax import nnx
 from generation import Search, search
 from harness import save
-from language import END, Pairs, Words, halve, read_pairs
+from language import END, Pairs, Words, halve, read_pairs, saved_rows
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -223,12 +222,6 @@ def show(row: dict) -> None:
           f"{row['seconds']:7.0f}", flush=True)  # fmt: skip
 
 
-def done(name: str) -> list[dict]:
-    """The rows of an earlier run."""
-    path = HERE / "results" / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -262,7 +255,7 @@ def main() -> None:
                  "flash": "xla", "decode_batch": 3, "name": args.name + "_quick"}  # fmt: skip
         vars(args).update(quick)
     args.generations = args.generations or HERE / "results" / args.name
-    study, rows = Study(args), done(args.name) if args.resume else []
+    study, rows = Study(args), saved_rows(args.name) if args.resume else []
     known = {tuple(row[key] for key in KEYS) for row in rows}
     begin = time.perf_counter()
     print(

@@ -123,6 +123,12 @@ def read_pairs(folder: Path, split: str) -> Pairs:
         return Pairs(*(file[f"{split}_{x.name}"] for x in dataclasses.fields(Pairs)))
 
 
+def saved_rows(name: str) -> list[dict]:
+    """The rows of an earlier run, see `harness.save`."""
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 class Words:
     """From ids to text, without a package."""
 
