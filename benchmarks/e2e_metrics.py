@@ -78,7 +78,9 @@ def nist(sentences: list[Tokens], references: list[list[Tokens]]) -> float:
     every = [reference for refs in references for reference in refs]
     counts = {0: {(): sum(map(len, every))}}
     for n in range(1, 6):
-        counts[n] = sum((ngrams(reference, n) for reference in every), collections.Counter())
+        counts[n] = collections.Counter(
+            gram for reference in every for gram in ngrams(reference, n).elements()
+        )
     score = 0.0
     for n in range(1, 6):
         gained = sum(
