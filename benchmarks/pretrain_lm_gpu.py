@@ -4,8 +4,8 @@
     python benchmarks/pretrain_lm_gpu.py --text TEXT --out RUN                 # on a GPU
 
 FOLDER holds imdb_{train,test}.jsonl.xz and the E2E files; TEXT gets the same as token ids (27 MB),
-all that the GPU machine needs. RUN gets model.safetensors and config.json, and checkpoints from
-which a killed run goes on when it is started again.
+all that the GPU machine needs. RUN gets model.safetensors and config.json in the end, and before
+that checkpoints from which a killed run goes on when it is started again.
 
 OPT's style (--style llama: that one), bfloat16, float32 parameters, AdamW, cuDNN flash attention,
 windows from anywhere in the stream, many steps in one dispatch. The size by arithmetic: 8 layers of
@@ -122,11 +122,11 @@ def train(model, text: Text, args, disk: RunFolder) -> tuple[list[dict], dict]:
         bar.set_postfix(loss=f"{loss:.3f}", tflops=f"{row['tflops']:.0f}")
         bar.update(args.chunk)
         last = facts["step"] >= facts["total"]
-        if last or now - saved > 60 * args.save_minutes:
-            disk.save(facts["step"], state, {}, facts)
-            saved = time.perf_counter()
         if last:
             break
+        if now - saved > 60 * args.save_minutes:
+            disk.save(facts["step"], state, {}, facts)
+            saved = time.perf_counter()
     bar.close()
     nnx.update(model, state[0])
     return rows, facts
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--minutes", type=float, help="of training at most, compilation included")
     parser.add_argument("--save-minutes", type=float, default=3, help="between checkpoints")
-    parser.add_argument("--rate", type=float, default=1e-3, help="the highest learning rate")
+    parser.add_argument("--rate", type=float, default=6e-4, help="the highest learning rate")
     parser.add_argument("--chunk", type=int, default=20, help="steps in one dispatch")
     parser.add_argument("--flash", default="cudnn", choices=["cudnn", "xla"])
     parser.add_argument("--seed", type=int, default=0)
@@ -164,8 +164,10 @@ def main() -> None:
         print({path.name: path.stat().st_size for path in sorted(args.text.iterdir())})
         return
     if args.quick:
-        quick = {"layers": 2, "features": 64, "length": 128, "batch": 4, "epochs": 1e-9}
-        vars(args).update(quick | {"chunk": 60, "flash": "xla"})
+        quick = {"layers": 2, "features": 64, "length": 128, "batch": 4, "flash": "xla"}
+        vars(args).update(quick | {"epochs": args.epochs * 6e-4})
+    if (args.out / "model.safetensors").exists():
+        parser.error(f"{args.out} holds a finished model; name another folder, or delete it")
     text, words = read_text(args.text), Words(args.text)
     if args.quick:
         text = Text(text.train, text.valid[:4000], text.valid_bytes * 4000 // text.valid.size)
