@@ -9,7 +9,7 @@ ROUGE-L and CIDEr (its variant D) as coco-caption, over words without punctuatio
 here, where coco-caption asks Stanford's Penn Treebank tokenizer. METEOR is the program that
 pycocoevalcap brings, and is left out where the package is not installed; `--check` then also
 prints that package's own ROUGE-L and CIDEr. A file has a line for every meaning of the test set, in
-order; its name is WAY_SEED_BATCH_RATE_SEARCH.txt.
+order; its name is WAY_SEED_BATCH_RATE_EPOCHS_SEARCH.txt.
 """
 
 import argparse
@@ -181,9 +181,10 @@ def main() -> None:
         if len(lines) != len(test):
             print(f"{path.name} has {len(lines)} lines, for {len(test)} meanings: the first ones")
         references = [list(m.references) for m in test[: len(lines)]]
-        way, seed, batch, rate, kind = path.stem.split("_")
+        way, seed, batch, rate, epochs, kind = path.stem.split("_")
         row = {"way": way, "seed": int(seed), "batch": int(batch), "rate": float(rate),
-               "search": kind, "meanings": len(lines), **scores(lines, references)}  # fmt: skip
+               "epochs": int(epochs), "search": kind, "meanings": len(lines),
+               **scores(lines, references)}  # fmt: skip
         if package:
             theirs = of_package(lines, references)
             row["METEOR"] = theirs["METEOR"]

@@ -45,7 +45,9 @@ KEYS = ("way", "seed", "batch", "rate", "epochs")  # what makes a row another on
 def token_losses(model, tokens, to, count, smoothing: float):
     """Nats of the sentences' tokens, and their number."""
     tokens = tokens.astype(jnp.int32)
-    log_p = jax.nn.log_softmax(model(tokens)[:, :-1].astype(jnp.float32), -1)
+    key_mask = jnp.arange(tokens.shape[1]) < count[:, None]  # codebooks shall not see padding
+    logits = model(tokens, key_mask=key_mask)[:, :-1]
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
     true = jnp.take_along_axis(log_p, tokens[:, 1:, None], -1)[..., 0]
     index = jnp.arange(1, tokens.shape[1])
     counts = (index > to[:, None]) & (index < count[:, None])
@@ -149,12 +151,18 @@ class Study:
         width = min(self.args.length, pairs.tokens.shape[1])
         return Pairs(pairs.tokens[fits, :width], pairs.to[fits], pairs.count[fits])
 
+    def calibration(self, rng) -> jax.Array:
+        """Sequences without padding: pairs one after the other, at least `--tokens` of them."""
+        rows = -(-self.args.tokens // self.args.length)
+        order = rng.permutation(len(self.train.tokens))
+        stream = np.concatenate([self.train.tokens[i, : self.train.count[i]] for i in order])
+        return jnp.asarray(np.resize(stream, (rows, self.args.length)), jnp.int32)
+
     def row(self, way: str, seed: int) -> dict:
         """Converts, trains, validates and writes sentences."""
         args, begin = self.args, time.perf_counter()
         rng = np.random.default_rng(seed)
-        calibration = rng.permutation(len(self.train.tokens))[: args.tokens // 64 + 32]
-        parts, size = convert(way, seed, args, jnp.asarray(self.train.tokens[calibration], int))
+        parts, size = convert(way, seed, args, self.calibration(rng))
         row = {
             "way": way, "seed": seed, "batch": args.batch, "rate": args.rate,
             "epochs": args.epochs, "parameters": size,
@@ -174,7 +182,8 @@ class Study:
             ids, row[f"{name}_s"] = self.compiled[name](state, self.prompts)
             lines = [self.words.text(sentence) for sentence in ids]
             args.generations.mkdir(parents=True, exist_ok=True)
-            path = args.generations / f"{way}_{seed}_{args.batch}_{args.rate:g}_{name}.txt"
+            parameters = f"{way}_{seed}_{args.batch}_{args.rate:g}_{args.epochs}"
+            path = args.generations / f"{parameters}_{name}.txt"
             path.write_text("\n".join(lines) + "\n")
         return row | {"seconds": time.perf_counter() - begin}
 

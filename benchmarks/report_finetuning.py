@@ -49,12 +49,12 @@ def spread(values: list[float | None], digits: int) -> str:
 
 def study(ways: dict[str, list[dict]]) -> str:
     """What every way trains and costs."""
-    full = ways.get("full", [{}])[0]
+    full = np.mean([row["step_ms"] for row in ways["full"]]) if "full" in ways else None
     cells = []
     for way, rows in ways.items():
         take = lambda name, rows=rows: [row.get(name) for row in rows]
         ms, size = np.mean(take("step_ms")), rows[0]["bytes"]
-        faster = None if "step_ms" not in full else full["step_ms"] / ms
+        faster = None if full is None else full / ms
         cells.append([
             way, str(len(rows)), f"{rows[0]['rate']:g}", f"{rows[0]['valid_loss'][0]:.3f}",
             spread([row["valid_loss"][-1] for row in rows], 4), f"{rows[0]['trained']:,}",
@@ -70,8 +70,8 @@ def quality(ways: dict[str, list[dict]], scores: list[dict]) -> str:
     """The scores of the sentences, means over seeds."""
     cells = []
     for way, rows in ways.items():
-        same = [s for s in scores if s["way"] == way and s["rate"] == rows[0]["rate"]
-                and s["batch"] == rows[0]["batch"]]  # fmt: skip
+        keys = ("way", "rate", "batch", "epochs")
+        same = [s for s in scores if all(s[key] == rows[0][key] for key in keys)]
         for search in ("greedy", "beam"):
             found = [s for s in same if s["search"] == search]
             if found:
