@@ -1,16 +1,20 @@
-"""One Transformer block fine-tuned on this machine's GPU: all of it, LoRA, SPT; the paper's table.
+r"""One Transformer block fine-tuned on this machine's GPU: all of it, LoRA, SPT; the paper's table.
 
-    python benchmarks/spt_block_gpu.py
+    python benchmarks/spt_block_gpu.py                    # the paper's 16 sequences of 512
+    python benchmarks/spt_block_gpu.py --features 2048 --lengths 2048 8192 32768 \
+        --kinds flash blocks --name spt_block_long_gpu    # where sparse attention pays
 
-Forward, backward and Adam, bfloat16, ReLU (OPT's block), 16 sequences of 512. SPT is LoRA of rank
-16, 2 of 4 blocks of the feed-forward layer, and an eighth of the keys. Attention is "materialised"
-(what the paper's baselines had), "flash" (cuDNN; SPT then has the routed layer alone) or "top_l".
-Milliseconds are medians over runs of queued steps. MiB are what a step holds at its peak by XLA's
-buffer assignment: parameters, optimizer, input, output and temporaries. Routers and codebooks are
-random: what is computed is the same.
+Forward, backward and Adam, bfloat16, ReLU (OPT's block), 8,192 tokens or one sequence. SPT is LoRA
+of rank 16, 2 of 4 blocks of the feed-forward layer, and an eighth of the keys. Attention is
+"materialised" (what the paper's baselines had), "flash" (cuDNN; SPT then has the routed layer
+alone), "top_l" (exact, for memory) or "blocks" (blocks of 128 by vote, for speed). Milliseconds are
+medians over runs of queued steps. MiB are what a step holds at its peak by XLA's buffer assignment:
+parameters, optimizer, input, output and temporaries. Routers and codebooks are random: what is
+computed is the same, but for "blocks", whose votes spread as those of random keys do.
 """
 
 import argparse
+import time
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +22,10 @@ import optax
 from flax import nnx
 from gpu import kernels, queued_milliseconds
 from harness import save
+from language import Flash, halve, saved_rows
 
 import sparsax
-from sparsax.nn import DecoderBlock, DecoderConfig, RouterParam
+from sparsax.nn import DecoderBlock, DecoderConfig, RoutedFFN, RouterParam
 from sparsax.rules import LoRA, Routed, TopL
 
 RANK = 16
@@ -30,28 +35,20 @@ ROUTED = Routed(path="ffn", num_blocks=4, active=2, tokens=0, lora_rank=RANK, fr
 TUNED = nnx.Any(nnx.LoRAParam, RouterParam)
 
 
-class Flash(nnx.Module):
-    """Dense causal attention that stores no scores, with the projections of a layer."""
-
-    def __init__(self, layer, implementation: str):
-        self.query, self.key, self.value, self.out = layer.query, layer.key, layer.value, layer.out
-        self.implementation = implementation
-
-    def __call__(self, x, *, key_mask=None):
-        """Attends within x."""
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        attend = jax.nn.dot_product_attention
-        return self.out(attend(q, k, v, is_causal=True, implementation=self.implementation))
+TOKENS = 8192  # of a batch
+KINDS = ("materialised", "flash", "top_l", "blocks")  # of attention
+KEYS = ("features", "length", "way", "attention")  # what makes a row another one
 
 
 def ways(keep: int) -> dict[tuple[str, str], tuple[list, object]]:
     """Rules and what is trained, by way and kind of attention."""
     lora = [LoRA(path=rf"{PROJECTIONS}|ffn\.(up|down)", rank=RANK)]
     top_l = TopL(path="attention", keep=keep, sequences=0)
+    blocks = TopL(path="attention", keep=keep, sequences=0, select="blocks", block=128)
     dense = {"full": ([], nnx.Param), "LoRA": (lora, nnx.LoRAParam)}
     found = {(way, kind): dense[way] for way in dense for kind in ("materialised", "flash")}
-    spt = {"flash": [LORA, ROUTED], "top_l": [LORA, ROUTED, top_l]}
-    return found | {("SPT", kind): (rules, TUNED) for kind, rules in spt.items()}
+    spt = {"flash": [], "top_l": [top_l], "blocks": [blocks]}
+    return found | {("SPT", k): ([LORA, ROUTED, *rules], TUNED) for k, rules in spt.items()}
 
 
 def training_step(model, wrt):
@@ -90,37 +87,61 @@ def measure(model, wrt, x, dy, calls: int) -> dict:
     return row
 
 
+def block(features: int, length: int, rules: list, kind: str, args) -> nnx.Module:
+    """The block of a way, in bfloat16."""
+    config = DecoderConfig.opt(
+        vocab_size=1, length=length, features=features, hidden=4 * features, layers=1,
+        num_heads=features // (128 if features >= 4096 else 64), dtype=jnp.bfloat16,
+    )  # fmt: skip
+    model = DecoderBlock(config, rngs=nnx.Rngs(0))
+    if rules:
+        model, _ = sparsax.sparsify(model, rules)
+    if kind == "flash":
+        model.attention = Flash(model.attention, args.flash)
+    if isinstance(model.ffn, RoutedFFN):
+        model.ffn.implementation = args.routed
+    halve(model)
+    return model
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--features", type=int, nargs="+", default=[1024, 2048, 2560, 4096, 5120])
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS[:3]))
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--flash", default="cudnn", choices=["cudnn", "xla"])
+    parser.add_argument("--routed", choices=["xla", "pallas"], help="of the routed FFN")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     parser.add_argument("--name", default="spt_block_gpu", help="of the result")
-    args, rows = parser.parse_args(), []
-    print("    D  way   attention       ms     MiB    trained")
+    parser.add_argument("--quick", action="store_true", help="a tiny block, anywhere")
+    args = parser.parse_args()
+    if args.quick:
+        quick = {"features": [128], "lengths": [256], "calls": 1, "flash": "xla", "kinds": KINDS,
+                 "name": args.name + "_quick"}  # fmt: skip
+        vars(args).update(quick)
+    rows = saved_rows(args.name) if args.resume else []
+    known = {tuple(row[key] for key in KEYS) for row in rows}
+    print("    D length  way   attention       ms     MiB    trained       s")
     for features in args.features:
-        config = DecoderConfig.opt(
-            vocab_size=1, length=args.length, features=features, hidden=4 * features, layers=1,
-            num_heads=features // (128 if features >= 4096 else 64), dtype=jnp.bfloat16,
-        )  # fmt: skip
-        shape = 2, args.batch, args.length, features
-        x, dy = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-        for (way, kind), (rules, wrt) in ways(args.length // 8).items():
-            model = DecoderBlock(config, rngs=nnx.Rngs(0))
-            if rules:
-                model, _ = sparsax.sparsify(model, rules)
-            if kind == "flash":
-                model.attention = Flash(model.attention, args.flash)
-            half = lambda leaf: leaf.astype(jnp.bfloat16)
-            nnx.update(model, jax.tree.map(half, nnx.state(model, nnx.Param)))
-            row = {"features": features, "way": way, "attention": kind,
-                   **measure(model, wrt, x, dy, args.calls)}  # fmt: skip
-            rows.append(row)
-            told = f"{row['ms']:7.2f} {row['bytes'] / 2**20:7.0f} {row['trained']:10,}"
-            print(f"{features:5d}  {way:4s}  {kind:12s} {told}", flush=True)
-            save(args.name, rows)  # what there is, should the run be stopped
+        for length in args.lengths:
+            shape = 2, 1 if args.quick else max(1, TOKENS // length), length, features
+            x, dy = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+            for (way, kind), (rules, wrt) in ways(length // 8).items():
+                if kind not in args.kinds or (features, length, way, kind) in known:
+                    continue
+                begin = time.perf_counter()
+                model = block(features, length, rules, kind, args)
+                row = {"features": features, "length": length, "way": way, "attention": kind,
+                       **measure(model, wrt, x, dy, args.calls)}  # fmt: skip
+                rows.append(row)
+                told = f"{row['ms']:7.2f} {row['bytes'] / 2**20:7.0f} {row['trained']:10,}"
+                took = time.perf_counter() - begin
+                print(f"{features:5d} {length:6d}  {way:4s}  {kind:12s} {told} {took:7.1f}",
+                      flush=True)  # fmt: skip
+                save(args.name, rows)  # what there is, should the run be stopped
     print(save(args.name, rows))
 
 

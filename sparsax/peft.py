@@ -2,6 +2,7 @@
 
 import os
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,19 +12,24 @@ from flax import nnx
 from sparsax.nn import (
     CommonParam,
     LoRALinear,
+    RoutedFFN,
     TSVDCommonLinear,
     TSVDLinear,
     named_modules,
     replace_modules,
 )
 
+# A type of variables, or what nnx.Any and its kin make: a predicate of path and variable.
+Filter = type[nnx.Variable] | Callable[..., bool]
 
-def adapters(model: nnx.Module, wrt: type[nnx.Variable] = CommonParam) -> dict[str, jax.Array]:
+
+def adapters(model: nnx.Module, wrt: Filter = CommonParam) -> dict[str, jax.Array]:
     """The arrays that are fine-tuned, by path: e.g. `"blocks.0.up.common"`.
 
     Args:
         model: any nnx model.
-        wrt: type of the variables, as the optimizer's `wrt`.
+        wrt: type of the variables, or another filter, as the optimizer's `wrt`; for SPT
+            `nnx.Any(nnx.LoRAParam, RouterParam)`, and its `Codebooks` where they moved.
 
     Raises:
         ValueError: the model has none.
@@ -31,15 +37,14 @@ def adapters(model: nnx.Module, wrt: type[nnx.Variable] = CommonParam) -> dict[s
     found = nnx.to_flat_state(nnx.state(model, wrt))
     if not found:
         raise ValueError(
-            f"the model must have variables of type {wrt.__name__}; {type(model).__name__} has "
-            "none. Convert it first, e.g. with sparsax.rules.TSVDCommon."
+            f"the model must have variables of type {getattr(wrt, '__name__', wrt)}; "
+            f"{type(model).__name__} has none. Convert it first, e.g. with "
+            "sparsax.rules.TSVDCommon."
         )
     return {_name(path): value.get_value() for path, value in found}
 
 
-def save_adapters(
-    path: str | os.PathLike, model: nnx.Module, wrt: type[nnx.Variable] = CommonParam
-) -> None:
+def save_adapters(path: str | os.PathLike, model: nnx.Module, wrt: Filter = CommonParam) -> None:
     """Writes a model's adapters, and nothing else, to a safetensors file.
 
     Needs the `safetensors` extra. Arguments as of `adapters`.
@@ -60,9 +65,7 @@ def save_adapters(
     save_file(adapters(model, wrt), os.fspath(path))
 
 
-def load_adapters(
-    path: str | os.PathLike, model: nnx.Module, wrt: type[nnx.Variable] = CommonParam
-) -> None:
+def load_adapters(path: str | os.PathLike, model: nnx.Module, wrt: Filter = CommonParam) -> None:
     """Sets a model's adapters to those of a file, in place.
 
     Args:
@@ -99,7 +102,7 @@ class Count(typing.NamedTuple):
         return f"(trainable={self.trainable}, total={self.total})"
 
 
-def count_parameters(model: nnx.Module, wrt: type[nnx.Variable]) -> Count:
+def count_parameters(model: nnx.Module, wrt: Filter) -> Count:
     """How many numbers fine-tuning trains, and how many parameters there are.
 
     Arguments and errors as of `adapters`. `rules.LoRA` has an example.
@@ -108,7 +111,7 @@ def count_parameters(model: nnx.Module, wrt: type[nnx.Variable]) -> Count:
     return Count(trainable, sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))))
 
 
-def trainable_mask(model: nnx.Module, wrt: type[nnx.Variable]) -> typing.Any:
+def trainable_mask(model: nnx.Module, wrt: Filter) -> typing.Any:
     """True where a parameter is fine-tuned: an `nnx.State` like `nnx.state(model, nnx.Param)`.
 
     For optax without `nnx.Optimizer`, whose `wrt` needs no mask. Errors as of `adapters`.
@@ -136,6 +139,8 @@ def trainable_mask(model: nnx.Module, wrt: type[nnx.Variable]) -> typing.Any:
 def merge[M: nnx.Module](model: M) -> M:
     """A copy of a model in which every factored layer, and every one with LoRA, is dense again.
 
+    A routed feed-forward layer stays routed, with LoRA summed into its blocks.
+
     Raises:
         ValueError: the model has no such layer, or one with an activation of its own.
 
@@ -150,16 +155,20 @@ def merge[M: nnx.Module](model: M) -> M:
         'Linear'
     """
     new = nnx.clone(model)
+    modules = named_modules(new)
     dense = {
         path: module.to_linear()
-        for path, module in named_modules(new).items()
+        for path, module in modules.items()
         if path and isinstance(module, TSVDLinear | TSVDCommonLinear | LoRALinear)
     }
-    if not dense:
+    routed = [m for m in modules.values() if isinstance(m, RoutedFFN) and m.lora is not None]
+    if not dense and not routed:
         raise ValueError(
             f"the model must have a factored layer or one with LoRA; got {type(model).__name__}."
         )
     replace_modules(new, dense)
+    for layer in routed:
+        layer.merge_lora()
     return new
 
 

@@ -9,6 +9,8 @@ from sparsax.nn.attention import score_maps as score_maps
 from sparsax.nn.attention import set_patterns as set_patterns
 from sparsax.nn.bert import Bert as Bert
 from sparsax.nn.bert import BertConfig as BertConfig
+from sparsax.nn.cache import KVCache as KVCache
+from sparsax.nn.cache import attend_cached as attend_cached
 from sparsax.nn.decoder import DecoderBlock as DecoderBlock
 from sparsax.nn.decoder import DecoderConfig as DecoderConfig
 from sparsax.nn.decoder import FeedForward as FeedForward

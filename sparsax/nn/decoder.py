@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsax import checks
 from sparsax.linear import ACTIVATIONS, Activation
 from sparsax.nn.attention import SparseAttention
+from sparsax.nn.cache import KVCache, attend_cached
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,14 @@ class DecoderBlock(nnx.Module):
         x = x + self.attention(self.norm1(x), key_mask=key_mask)
         return x + self.ffn(self.norm2(x))
 
+    def decode(
+        self, x: Float[Array, "B t D"], cache: KVCache, start: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B t D"], KVCache]:
+        """The same for new tokens beside a cache, see `LanguageModel.decode`."""
+        y, cache = attend_cached(self.attention, self.norm1(x), cache, start)
+        x = x + y
+        return x + self.ffn(self.norm2(x)), cache
+
 
 class LanguageModel(nnx.Module):
     """A causal language model of `DecoderBlock`s: what `sparsify` converts for fine-tuning.
@@ -158,16 +167,73 @@ class LanguageModel(nnx.Module):
         Raises:
             ValueError: there are more tokens than learned positions.
         """
-        x, length = self.tokens(tokens), tokens.shape[1]
-        if self.positions is not None:
-            if length > self.config.length:
-                raise ValueError(
-                    f"tokens must be no more than the config's length={self.config.length}; got "
-                    f"{length}. Rotary positions have no such limit."
-                )
-            x = x + self.positions(jnp.arange(length))
+        length = tokens.shape[1]
+        self._check_length(length)
+        x = self._embed(tokens, jnp.arange(length))
         for block in self.blocks:
             x = block(x, key_mask=key_mask)
+        return self._logits(x)
+
+    def empty_cache(self, batch: int, length: int) -> list[KVCache]:
+        """Room for so many sequences of so many tokens, for `decode`.
+
+        Raises:
+            ValueError: there are more tokens than learned positions.
+        """
+        self._check_length(length)
+        dtype = self.config.dtype or self.tokens.embedding.dtype
+        return [KVCache.empty(block.attention, batch, length, dtype) for block in self.blocks]
+
+    def decode(
+        self, tokens: Int[Array, "B t"], cache: list[KVCache], start: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B t C"], list[KVCache]]:
+        """Logits of new tokens that go on from those in the cache, and the new cache.
+
+        The same as calling the model on the whole sequences. A prompt is decoded from `start` 0;
+        prompts of different lengths may be padded at the end, as the next tokens overwrite the
+        padding. Works inside jit; the cache must have room for `start + t` tokens.
+
+        Args:
+            tokens: the new tokens.
+            cache: from `empty_cache`, or from the call before.
+            start: position of each sequence's first new token.
+
+        Raises:
+            NotImplementedError: a layer of attention has a pattern, or selects blocks.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import sparsax
+            >>> from flax import nnx
+            >>> config = sparsax.nn.DecoderConfig.llama(
+            ...     vocab_size=64, length=8, features=16, hidden=32, num_heads=2, layers=1
+            ... )
+            >>> model = sparsax.nn.LanguageModel(config, rngs=nnx.Rngs(0))
+            >>> tokens = jnp.arange(8)[None]
+            >>> _, cache = model.decode(tokens[:, :7], model.empty_cache(1, 8), jnp.array([0]))
+            >>> last, cache = model.decode(tokens[:, 7:], cache, jnp.array([7]))
+            >>> bool(abs(last[:, 0] - model(tokens)[:, 7]).max() < 1e-5)
+            True
+        """
+        x = self._embed(tokens, start[:, None] + jnp.arange(tokens.shape[1]))
+        found = []
+        for block, seen in zip(self.blocks, cache, strict=True):
+            x, seen = block.decode(x, seen, start)
+            found.append(seen)
+        return self._logits(x), found
+
+    def _check_length(self, length: int) -> None:
+        if self.positions is not None and length > self.config.length:
+            raise ValueError(
+                f"tokens must be no more than the config's length={self.config.length}; got "
+                f"{length}. Rotary positions have no such limit."
+            )
+
+    def _embed(self, tokens, positions):
+        x = self.tokens(tokens)
+        return x if self.positions is None else x + self.positions(positions)
+
+    def _logits(self, x):
         x = self.norm(x)
         return self.tokens.attend(x) if self.logits is None else self.logits(x)
 

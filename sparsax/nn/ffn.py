@@ -194,6 +194,15 @@ class RoutedFFN(nnx.Module):
         }
         return FFNLoRA(**arrays, scale=self.lora_scale)
 
+    def merge_lora(self) -> None:
+        """Sums LoRA into the blocks' weights, in place: the same outputs, and nothing beside."""
+        merged = self.blocks.merged(self.lora)
+        for name in BLOCKS:
+            if (variable := getattr(self, name)) is not None:
+                variable.set_value(getattr(merged, name))
+        for name in LORA:
+            setattr(self, f"lora_{name}", nnx.data(None))
+
     def to_dense(self) -> tuple[Dense, Dense, Dense | None]:
         """`(up, down, gate)` with the same weights, LoRA merged: the layer with all its blocks."""
         dense = self.blocks.merged(self.lora).to_dense()

@@ -1,0 +1,169 @@
+"""Writes docs/finetuning.md and docs/finetuning.png from what the fine-tuning study measured.
+
+    python benchmarks/finetune_e2e_gpu.py ...              # on a GPU: results/finetune_e2e.json
+    uv run python benchmarks/e2e_metrics.py --data FOLDER  # anywhere: results/e2e_metrics.json
+    python benchmarks/spt_block_gpu.py                     # on a GPU: results/spt_block_gpu.json
+    uv run python benchmarks/report_finetuning.py          # anywhere (needs the `plots` extra)
+
+A dash is a figure that the results lack, and a section says so when its file does. Of several
+learning rates a way has the row of the lowest validation loss, whose rate the table names.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from report_attention import number, table
+
+HERE = Path(__file__).parent
+SCORES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+
+
+def read(path: Path) -> dict | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def best_rates(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of every way, one a seed, at the rate (batch, epochs) of the lowest mean loss."""
+    settings = lambda row: (row["rate"], row["batch"], row["epochs"])
+    found = {}
+    for way in dict.fromkeys(row["way"] for row in rows):
+        own = [row for row in rows if row["way"] == way]
+        alike = [[r for r in own if settings(r) == s] for s in dict.fromkeys(map(settings, own))]
+        found[way] = min(alike, key=lambda group: np.mean([r["valid_loss"][-1] for r in group]))
+    return found
+
+
+def spread(values: list[float | None], digits: int) -> str:
+    """The mean, and the lowest and highest where there are several."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    text = f"{np.mean(known):.{digits}f}"
+    if len(known) == 1:
+        return text
+    return f"{text} ({min(known):.{digits}f}-{max(known):.{digits}f})"
+
+
+def study(ways: dict[str, list[dict]]) -> str:
+    """What every way trains and costs."""
+    full = np.mean([row["step_ms"] for row in ways["full"]]) if "full" in ways else None
+    cells = []
+    for way, rows in ways.items():
+        take = lambda name, rows=rows: [row.get(name) for row in rows]
+        ms, size = np.mean(take("step_ms")), rows[0]["bytes"]
+        faster = None if full is None else full / ms
+        cells.append([
+            way, str(len(rows)), f"{rows[0]['rate']:g}", f"{rows[0]['valid_loss'][0]:.3f}",
+            spread([row["valid_loss"][-1] for row in rows], 4), f"{rows[0]['trained']:,}",
+            number(ms), number(faster), number(size / 2**20), spread(take("greedy_s"), 2),
+            spread(take("beam_s"), 2),
+        ])  # fmt: skip
+    head = ["way", "seeds", "rate", "loss before", "after", "trained", "ms a step", "x full",
+            "MiB", "greedy s", "beam s"]  # fmt: skip
+    return table(head, cells)
+
+
+def quality(ways: dict[str, list[dict]], scores: list[dict]) -> str:
+    """The scores of the sentences, means over seeds."""
+    cells = []
+    for way, rows in ways.items():
+        keys = ("way", "rate", "batch", "epochs")
+        same = [s for s in scores if all(s[key] == rows[0][key] for key in keys)]
+        for search in ("greedy", "beam"):
+            found = [s for s in same if s["search"] == search]
+            if found:
+                cells.append([way, search, *(spread([s.get(name) for s in found], 4)
+                                             for name in SCORES)])  # fmt: skip
+    return table(["way", "search", *SCORES], cells)
+
+
+def blocks(record: dict) -> str:
+    """One block: milliseconds and memory, and how they stand to full fine-tuning's best."""
+    cells = []
+    for row in record["rows"]:
+        same = [r for r in record["rows"] if all(r.get(x) == row.get(x)
+                                                 for x in ("features", "length"))]  # fmt: skip
+        dense = {r["way"]: r for r in same if r["attention"] == "flash"}
+        ratio = lambda way, key, row=row, dense=dense: (
+            number(dense[way][key] / row[key]) if way in dense else "-"
+        )
+        cells.append([
+            f"{row['features']:,}", f"{row.get('length', 512):,}", row["way"], row["attention"],
+            number(row["ms"]), number(row["bytes"] / 2**20), ratio("full", "ms"),
+            ratio("LoRA", "ms"), ratio("LoRA", "bytes"),
+        ])  # fmt: skip
+    head = ["features", "length", "way", "attention", "ms", "MiB", "x full, flash",
+            "x LoRA, flash", "x less memory than LoRA, flash"]  # fmt: skip
+    return table(head, cells)
+
+
+def picture(ways: dict[str, list[dict]]) -> Figure:
+    """Loss over epochs, and loss against time of a step."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, (way, rows) in enumerate(ways.items()):
+        color, mark = f"C{i % 10}", "o^s"[i // 10]
+        curve = np.mean([row["valid_loss"] for row in rows], 0)
+        left.plot(range(1, len(curve)), curve[1:], color=color, marker=mark, label=way)
+        ms, loss = np.mean([row["step_ms"] for row in rows]), curve[-1]
+        right.plot(ms, loss, mark, color=color)
+        right.annotate(f" {way}", (ms, loss), fontsize=7)
+    left.set(xlabel="epoch", ylabel="validation loss, nats a token")
+    right.set(xlabel="ms a step", ylabel="validation loss after fine-tuning")
+    left.legend(fontsize=7, ncol=2)
+    return figure
+
+
+def origin(record: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return (f"`{record['command']}` on one {record['device']}, commit {record['commit']}, "
+            f"{versions}.")  # fmt: skip
+
+
+def of_model(record: dict | None) -> list[str]:
+    if record is None:
+        return []
+    facts = record["rows"][0]
+    speeds = [row["tflops"] for row in record["rows"][1:] if not row["first"]]
+    speed = f", {np.median(speeds):.0f} TFLOP/s" if speeds else ""
+    return [
+        f"The model: {facts['parameters']:,} parameters in {facts['style']}'s style, pre-trained "
+        f"for {facts['step']} steps on IMDB reviews ({facts['valid_bits_per_byte']:.3f} bits per "
+        f"byte of held-out ones{speed}): {origin(record)}"
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--name", default="finetune_e2e", help="of the study's result")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
+    args = parser.parse_args()
+    found = lambda name: read(args.results / f"{name}.json")
+    record, scores = found(args.name), found("e2e_metrics")
+    text = ["# Fine-tuning", "Written by `benchmarks/report_finetuning.py`; ways and columns are "
+            "explained in `benchmarks/finetune_e2e_gpu.py` and `spt_block_gpu.py`."]  # fmt: skip
+    text += of_model(found("pretrain_lm"))
+    text.append("## E2E: one model, many ways")
+    if record is None:
+        text.append("Not measured yet.")
+    else:
+        ways = best_rates(record["rows"])
+        text += [origin(record), "![Losses, and loss against time](finetuning.png)", study(ways)]
+        text.append("### Sentences of the test set")
+        text.append("Not scored yet." if scores is None else quality(ways, scores["rows"]))
+        picture(ways).savefig(args.docs / "finetuning.png", dpi=120)
+    for name, title in (("spt_block_gpu", "One block, 16 sequences of 512"),
+                        ("spt_block_long_gpu", "One block, long sequences")):  # fmt: skip
+        text.append(f"## {title}")
+        measured = found(name)
+        text += ["Not measured yet."] if measured is None else [origin(measured), blocks(measured)]
+    (args.docs / "finetuning.md").write_text("\n\n".join(text) + "\n")
+    print(args.docs / "finetuning.md")
+
+
+if __name__ == "__main__":
+    main()
