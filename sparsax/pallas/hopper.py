@@ -83,10 +83,17 @@ class Ring:
         return self.bars[0]
 
     @staticmethod
-    def barriers(slots: int, copies: int) -> tuple[Any, Any]:
-        """The barriers of a ring whose slots take that many copies to fill."""
+    def barriers(slots: int, copies: int, cluster: int = 1) -> tuple[Any, Any]:
+        """The barriers of a ring whose slots take that many copies to fill.
+
+        Where a cluster of thread blocks shares copies, all of them must have emptied a slot.
+        """
         filled = plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
-        return filled, plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots)
+        if cluster == 1:
+            return filled, plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots)
+        return filled, plgpu.ClusterBarrier(
+            collective_axes=("cluster",), num_arrivals=COMPUTE, num_barriers=slots
+        )
 
     def slot(self, step):
         """The slot that a step uses."""
@@ -248,8 +255,14 @@ def _dot(acc, a, b):
     return value if acc is None else acc + value
 
 
-def launch(kernel, name: str, thread_blocks: int, out_type, interpret, **scratch):
-    """The kernel as a function of its operands, on `thread_blocks` along the axis "item"."""
+def launch(
+    kernel, name: str, thread_blocks: int, out_type, interpret, *, cluster: int = 1, **scratch
+):  # fmt: skip
+    """The kernel as a function of its operands, on `thread_blocks` along the axis "item".
+
+    With a cluster, so many thread blocks each, along the axis "cluster".
+    """
+    clusters = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
     return plgpu.kernel(
         kernel,
         out_type=out_type,
@@ -261,4 +274,5 @@ def launch(kernel, name: str, thread_blocks: int, out_type, interpret, **scratch
         kernel_name=name,
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        **clusters,
     )

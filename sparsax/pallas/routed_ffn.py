@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sparsax.pallas import grouped_matmul
 from sparsax.pallas.grouped_matmul import FEATURES, grouped_refusal
-from sparsax.pallas.tsvd_matmul import ACTIVATIONS
+from sparsax.pallas.activations import ACTIVATIONS
 
 
 def routed_refusal(dtype, features: int, unit: int, activation: str) -> str | None:

@@ -22,7 +22,7 @@ from sparsax.pallas.grouped_matmul.product import (
 )
 from sparsax.pallas.grouped_matmul.tables import DEPTH, SLAB
 from sparsax.pallas.hopper import COL, COMPUTE, WG_ROWS, per_col
-from sparsax.pallas.tsvd_matmul import ACTIVATIONS
+from sparsax.pallas.activations import ACTIVATIONS
 
 
 def gmm(x, w, group_sizes, bias=None, *, transpose_w: bool, interpret=None):

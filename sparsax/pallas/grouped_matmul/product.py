@@ -40,6 +40,8 @@ class Shape:
     matrices: int = 1  # b that meet the same a, each with a sum of its own
     transpose_a: bool = False  # tiles of a arrive as `DEPTH x rows`
     transpose_b: bool = False  # tiles of b arrive as `width x DEPTH`
+    chunk: int = CHUNK  # columns of the result that leave at once, at most CHUNK
+    cluster: int = 1  # thread blocks that walk side by side and may share their copies
 
 
 class Plan(NamedTuple):
@@ -67,7 +69,7 @@ def raster(n, rows, columns: int) -> tuple[Any, Any]:
 
 def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_type, interpret):
     """The kernel `make(*refs)` describes, as a function of its operands; `most` tiles at most."""
-    thread_blocks = min(most, multiprocessors())
+    thread_blocks = min(most, multiprocessors() // shape.cluster)
     cores = TensorCores(interpret is not None)
 
     def kernel(*refs, a_smem, b_smem, y_smem, bars):
@@ -130,23 +132,26 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
     b_tile = (shape.width, DEPTH) if shape.transpose_b else (DEPTH, shape.width)
     lined = lambda *sizes: tiled(sizes, shape.dtype, DEPTH, 2 * DEPTH)
     return launch(
-        kernel, name, thread_blocks, out_type, interpret,
+        kernel, name, thread_blocks, out_type, interpret, cluster=shape.cluster,
         a_smem=lined(STAGES, COMPUTE, WG_ROWS, DEPTH),
         b_smem=lined(STAGES, shape.matrices, *b_tile),
-        y_smem=lined(COMPUTE, CHUNKS, WG_ROWS, CHUNK),
-        bars=Ring.barriers(STAGES, COMPUTE + shape.matrices),
+        y_smem=tiled(
+            (COMPUTE, CHUNKS, WG_ROWS, shape.chunk), shape.dtype, shape.chunk, 2 * shape.chunk
+        ),
+        bars=Ring.barriers(STAGES, COMPUTE + shape.matrices, shape.cluster),
     )  # fmt: skip
 
 
 def each_chunk(total: jax.Array, staging, dtype, copy: Callable[[Any, int], None]) -> None:
     """`copy(chunk in shared memory, its first column)` for all columns of a tile, in turn."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's, long ago
-    for number, begin in enumerate(range(0, total.shape[1], CHUNK)):
+    width = staging.shape[-1]
+    for number, begin in enumerate(range(0, total.shape[1], width)):
         chunk = staging.at[number % CHUNKS]
         if number >= CHUNKS:
             # Waiting for all but the last copy suffices: a chunk makes one copy at least, or none
             # of this tile's chunks makes any.
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        chunk[...] = total[:, begin : begin + CHUNK].astype(dtype)
+        chunk[...] = total[:, begin : begin + width].astype(dtype)
         plgpu.commit_smem()
         copy(chunk, begin)

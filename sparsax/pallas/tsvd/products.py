@@ -1,0 +1,201 @@
+"""Products with tiled factors as two batched matmuls, `x u` in between in global memory.
+
+All six products of forward and backward pass are one kernel, that of `grouped_matmul`: its thread
+blocks walk over tiles of all matrices of a batch. What the first writes lies as the second reads
+it, so nothing is transposed on the way.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsax.pallas.activations import ACTIVATIONS
+from sparsax.pallas.grouped_matmul.product import CHUNK, Plan, Shape, each_chunk, product, raster
+from sparsax.pallas.grouped_matmul.tables import DEPTH, SLAB
+from sparsax.pallas.hopper import COL, COMPUTE, WG_ROWS, multiprocessors, per_col
+
+ROWS = COMPUTE * WG_ROWS
+WIDTHS = (256, 128, 64)
+
+
+class Stack(NamedTuple):
+    """A batch of matrices `[batch, rows, columns]`, or `[rows, batch, columns]` (`middle`).
+
+    `turned`: their transposes are meant, read as they are stored.
+    """
+
+    array: Any
+    middle: bool = False
+    turned: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Matrices, and rows and columns of the matrices that are meant."""
+        batch, first, second = self.array.shape
+        if self.middle:
+            batch, first = first, batch
+        return (batch, second, first) if self.turned else (batch, first, second)
+
+    def part(self, ref, batch, rows, columns):
+        """A tile in global memory, in the order in which it is stored."""
+        first, second = (columns, rows) if self.turned else (rows, columns)
+        return ref.at[first, batch, second] if self.middle else ref.at[batch, first, second]
+
+
+def forward(x, u, v, bias, *, activation: str | None, interpret=None):
+    """`activation(x w + bias)` `[M, J*C]`, w given by the factors of its tiles."""
+    rows, views = x.shape[0], _views(u, v)
+    p = _hidden(_padded(x), u, views[0], interpret)
+    options = {"bias": bias, "activation": activation, "interpret": interpret}
+    return batched(Stack(p), views[1], "middle", "tsvd_out", **options)[:rows]
+
+
+def backward(x, u, v, dy, *, interpret=None):
+    """`(dx, du, dv)`; `x u` is computed again."""
+    rows, (us, vs), (num_in, size, num_out, rank) = x.shape[0], _views(u, v), u.shape
+    x, dy = _padded(x), _padded(dy)
+    run = lambda *a: batched(*a, interpret=interpret)
+    xs = Stack(x.reshape(-1, num_in, size), middle=True)
+    dys = Stack(dy.reshape(len(dy), num_out, -1), middle=True)
+    p = _hidden(x, u, us, interpret)
+    dp = run(dys, vs._replace(turned=True), rank, "tsvd_dhidden")
+    dx = run(Stack(dp), us._replace(turned=True), "middle", "tsvd_dx")
+    du = run(xs._replace(turned=True), Stack(dp), "leading", "tsvd_du")
+    dv = run(Stack(p, turned=True), dys, "leading", "tsvd_dv")
+    return dx[:rows], du.reshape(u.shape), dv.reshape(v.shape)
+
+
+def batched(
+    a: Stack, b: Stack, to: int | Literal["leading", "middle"], name: str, *, bias=None,
+    activation: str | None = None, interpret=None,
+):  # fmt: skip
+    """`activation(a[s] b[s] + bias[s])` for every s, in a's dtype.
+
+    `to` says where it goes: "leading" `[S, M, N]`; "middle" `[M, S * N]`; a number R to exchange
+    the batch for the columns (t, r), N = T R, which makes `[T or more, M, S R]`.
+    """
+    batch = min(a.sizes[0], b.sizes[0])
+    (_, rows, inner), columns = a.sizes, b.sizes[2]
+    width, cluster = tiles(batch, rows, columns)
+    high, wide = -(-rows // (ROWS * cluster)), -(-columns // width)
+    chunk = CHUNK if isinstance(to, str) else next(c for c in (CHUNK, 32, 16) if to % c == 0)
+    shared = {"collective_axes": "cluster"} if cluster > 1 else {}
+
+    def make(a_ref, b_ref, *rest):
+        *bias_ref, out_ref = rest
+        beside = lax.axis_index("cluster") if cluster > 1 else 0
+
+        def item(n):
+            which = n // (high * wide)
+            row, column = raster(n - which * high * wide, high, wide)
+            part = (row * cluster + beside) * COMPUTE
+            return _Item(which, part, column, jnp.int32(-(-inner // DEPTH)))
+
+        def fill(here, step, a_smem, b_smem, barrier):
+            summed = pl.ds(step * DEPTH, DEPTH)
+            for half in range(COMPUTE):
+                own = pl.ds((here.part + half) * WG_ROWS, WG_ROWS)
+                part = a.part(a_ref, here.batch, own, summed)
+                plgpu.copy_gmem_to_smem(part, a_smem.at[half], barrier)
+            part = b.part(b_ref, here.batch, summed, pl.ds(here.column * width, width))
+            plgpu.copy_gmem_to_smem(part, b_smem.at[0], barrier, **shared)
+
+        def store(here, wg, totals, staging):
+            total = _epilogue(here, totals[0], columns, bias_ref, activation)
+            part = here.part + wg
+
+            def copy(staged, begin):
+                own = pl.ds(part * WG_ROWS, WG_ROWS)
+                place = _place(here, to, columns, width // chunk, chunk, begin // chunk)
+
+                @pl.when(part * WG_ROWS < rows)
+                def _():
+                    goal = Stack(None, middle=to == "middle").part(out_ref, place[0], own, place[1])
+                    plgpu.copy_smem_to_gmem(staged, goal)
+
+            each_chunk(total, staging, a.array.dtype, copy)
+
+        return Plan(jnp.int32(batch * high * wide), item, fill, store)
+
+    out = {"leading": (batch, rows, columns), "middle": (rows, batch, columns)}.get(str(to))
+    if out is None:
+        out = _exchanged(batch, rows, columns, int(to), width)
+    shape = Shape(
+        width, a.array.dtype, transpose_a=a.turned, transpose_b=b.turned, chunk=chunk,
+        cluster=cluster,
+    )  # fmt: skip
+    types = (jax.ShapeDtypeStruct(out, a.array.dtype),)
+    run = product(make, shape, name, batch * high * wide, types, interpret)
+    operands = [] if bias is None else [bias.astype(jnp.float32)]
+    (result,) = run(a.array, b.array, *operands)
+    return result.reshape(rows, -1) if to == "middle" else result
+
+
+class _Item(NamedTuple):
+    batch: Any
+    part: Any  # of the result's rows, one for each warpgroup
+    column: Any  # in tiles; sizes are multiplied at use, which proves copies to be aligned
+    steps: Any
+
+
+def tiles(batch: int, rows: int, columns: int) -> tuple[int, int]:
+    """Columns of a tile, and how many thread blocks with rows of their own share them.
+
+    Wide tiles and clusters read less; narrow tiles are for products too small to keep every
+    multiprocessor busy. The columns that a tile has too many are fewer than a chunk.
+    """
+    whole, high = -(-columns // CHUNK) * CHUNK, -(-rows // ROWS)
+    widths = [w for w in WIDTHS if whole % w == 0]
+    count = lambda width: batch * high * whole // width
+    width = next((w for w in widths if count(w) >= multiprocessors()), widths[-1])
+    busy = count(width) >= multiprocessors()
+    return width, 2 if busy and (high % 2 == 0 or high > 8) else 1
+
+
+def _place(here: _Item, to, columns: int, chunks: int, chunk: int, number: int):
+    """Matrix and columns of the result that a chunk of a tile goes to."""
+    first = here.column * chunks + number  # in chunks, as is all that follows
+    if isinstance(to, str):
+        return here.batch, pl.ds(first * chunk, chunk)
+    rank = to // chunk
+    matrix = first // rank
+    inner = first - matrix * rank
+    # What is past the last column goes to a matrix that nobody reads.
+    matrix = jnp.minimum(matrix, columns // to)
+    return matrix, pl.ds((here.batch * rank + inner) * chunk, chunk)
+
+
+def _exchanged(batch: int, rows: int, columns: int, rank: int, width: int) -> tuple[int, int, int]:
+    return columns // rank + (columns % width > 0), rows, batch * rank
+
+
+def _epilogue(here: _Item, total, columns: int, bias_ref, activation: str | None):
+    if bias_ref:
+        width = total.shape[1]
+        # In units of 64 columns, which divide tiles that have a bias.
+        begin = (here.batch * (columns // CHUNK) + here.column * (width // CHUNK)) * CHUNK
+        part = bias_ref[0].at[pl.ds(begin, width)]
+        total = total + per_col(plgpu.load(part, layout=COL, optimized=False), total.shape)
+    return total if activation is None else ACTIVATIONS[activation](total)
+
+
+def _hidden(x, u, us: Stack, interpret):
+    """`x u` `[J or more, M, I*R]`."""
+    xs = Stack(x.reshape(len(x), *u.shape[:2]), middle=True)
+    return batched(xs, us, u.shape[3], "tsvd_hidden", interpret=interpret)
+
+
+def _views(u, v) -> tuple[Stack, Stack]:
+    """The factors as batches: `[I, A, J*R]` and `[J, I*R, C]`."""
+    (num_in, size, _, _), (num_out, *_, columns) = u.shape, v.shape
+    return Stack(u.reshape(num_in, size, -1)), Stack(v.reshape(num_out, -1, columns))
+
+
+def _padded(x):
+    """With rows as tile copies take them: whole slabs, and no fewer than one copy's."""
+    rows = x.shape[0]
+    return jnp.pad(x, ((0, max(-rows % SLAB, WG_ROWS - rows)), (0, 0)))
