@@ -42,6 +42,7 @@ class Shape:
     transpose_b: bool = False  # tiles of b arrive as `width x DEPTH`
     chunk: int = CHUNK  # columns of the result that leave at once, at most CHUNK
     cluster: int = 1  # thread blocks that walk side by side and may share their copies
+    stages: int | None = None  # slots of the ring; STAGES when None
 
 
 class Plan(NamedTuple):
@@ -70,10 +71,11 @@ def raster(n, rows, columns: int) -> tuple[Any, Any]:
 def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_type, interpret):
     """The kernel `make(*refs)` describes, as a function of its operands; `most` tiles at most."""
     thread_blocks = min(most, multiprocessors() // shape.cluster)
+    stages = shape.stages or STAGES
     cores = TensorCores(interpret is not None)
 
     def kernel(*refs, a_smem, b_smem, y_smem, bars):
-        plan, ring = make(*refs), Ring(bars, STAGES)
+        plan, ring = make(*refs), Ring(bars, stages)
         block, wg = lax.axis_index("item"), lax.axis_index("wg")
         rounds = (plan.count - block + thread_blocks - 1) // thread_blocks
 
@@ -133,12 +135,12 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
     lined = lambda *sizes: tiled(sizes, shape.dtype, DEPTH, 2 * DEPTH)
     return launch(
         kernel, name, thread_blocks, out_type, interpret, cluster=shape.cluster,
-        a_smem=lined(STAGES, COMPUTE, WG_ROWS, DEPTH),
-        b_smem=lined(STAGES, shape.matrices, *b_tile),
+        a_smem=lined(stages, COMPUTE, WG_ROWS, DEPTH),
+        b_smem=lined(stages, shape.matrices, *b_tile),
         y_smem=tiled(
             (COMPUTE, CHUNKS, WG_ROWS, shape.chunk), shape.dtype, shape.chunk, 2 * shape.chunk
         ),
-        bars=Ring.barriers(STAGES, COMPUTE + shape.matrices, shape.cluster),
+        bars=Ring.barriers(stages, COMPUTE + shape.matrices, shape.cluster),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from sparsax.pallas.grouped_matmul.tables import DEPTH, SLAB
 from sparsax.pallas.hopper import COL, COMPUTE, WG_ROWS, multiprocessors, per_col
 
 ROWS = COMPUTE * WG_ROWS
-WIDTHS = (256, 128, 64)
+STAGES = {256: 4, 128: 6, 64: 8}  # by columns of a tile: 192 KiB, as few tiles must be in flight
 
 
 class Stack(NamedTuple):
@@ -126,7 +126,7 @@ def batched(
         out = _exchanged(batch, rows, columns, int(to), width)
     shape = Shape(
         width, a.array.dtype, transpose_a=a.turned, transpose_b=b.turned, chunk=chunk,
-        cluster=cluster,
+        cluster=cluster, stages=STAGES[width],
     )  # fmt: skip
     types = (jax.ShapeDtypeStruct(out, a.array.dtype),)
     run = product(make, shape, name, batch * high * wide, types, interpret)
@@ -149,7 +149,7 @@ def tiles(batch: int, rows: int, columns: int) -> tuple[int, int]:
     multiprocessor busy. The columns that a tile has too many are fewer than a chunk.
     """
     whole, high = -(-columns // CHUNK) * CHUNK, -(-rows // ROWS)
-    widths = [w for w in WIDTHS if whole % w == 0]
+    widths = [w for w in STAGES if whole % w == 0]
     count = lambda width: batch * high * whole // width
     width = next((w for w in widths if count(w) >= multiprocessors()), widths[-1])
     busy = count(width) >= multiprocessors()
