@@ -10,12 +10,11 @@ from sparsax.pallas.tsvd import fused, products
 
 Schedule = typing.Literal["fused", "products"]
 ALIGNMENT = 64, 16  # what divides tiles and ranks: a chunk's columns, a matrix instruction's depth
-LEAST = 64  # features of x u in a row or a column of tiles: one copy's
 
 
 def tsvd_refusal(x, u, v, activation: str | None) -> str | None:
     """Why the kernels cannot take these arrays, forward or backward; None if they can."""
-    (num_in, size, num_out, rank), columns = u.shape, v.shape[3]
+    (_, size, _, rank), columns = u.shape, v.shape[3]
     if str(x.dtype) not in DTYPES:
         return f"takes x and factors in one of {DTYPES}; got {x.dtype}"
     if activation not in (None, *ACTIVATIONS):
@@ -24,11 +23,6 @@ def tsvd_refusal(x, u, v, activation: str | None) -> str | None:
         return f"takes tiles in multiples of {ALIGNMENT[0]}; got {size} x {columns}"
     if rank % ALIGNMENT[1]:
         return f"takes ranks in multiples of 16; got {rank}, see TiledFactors.pad_rank(16)"
-    if min(num_in, num_out) * rank < LEAST:
-        return (
-            f"takes ranks R with I R and J R at least {LEAST}, of I x J tiles; got "
-            f"I={num_in}, J={num_out}, R={rank}"
-        )
     if not on_hopper():
         return f"needs an NVIDIA Hopper GPU; the default device is {jax.devices()[0].device_kind}"
     return None

@@ -5,6 +5,7 @@ blocks walk over tiles of all matrices of a batch. What the first writes lies as
 it, so nothing is transposed on the way.
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from sparsax.pallas.grouped_matmul.tables import DEPTH, SLAB
 from sparsax.pallas.hopper import COL, COMPUTE, WG_ROWS, multiprocessors, per_col
 
 ROWS = COMPUTE * WG_ROWS
+LINE = CHUNK  # columns of an array must be whole lines of tile copies
 STAGES = {256: 4, 128: 6, 64: 8}  # by columns of a tile: 192 KiB, as few tiles must be in flight
 
 
@@ -58,30 +60,34 @@ def backward(x, u, v, dy, *, interpret=None):
     """`(dx, du, dv)`; `x u` is computed again."""
     rows, (us, vs), (num_in, size, num_out, rank) = x.shape[0], _views(u, v), u.shape
     x, dy = _padded(x), _padded(dy)
-    run = lambda *a: batched(*a, interpret=interpret)
+    run = lambda *a, **options: batched(*a, **options, interpret=interpret)
     xs = Stack(x.reshape(-1, num_in, size), middle=True)
     dys = Stack(dy.reshape(len(dy), num_out, -1), middle=True)
     p = _hidden(x, u, us, interpret)
-    dp = run(dys, vs._replace(turned=True), rank, "tsvd_dhidden")
+    slots = {"slots": _slots(num_out, rank), "columns": _slots(num_in, rank) * rank}
+    dp = run(dys, vs._replace(turned=True), rank, "tsvd_dhidden", **slots)
     dx = run(Stack(dp), us._replace(turned=True), "middle", "tsvd_dx")
     du = run(xs._replace(turned=True), Stack(dp), "leading", "tsvd_du")
-    dv = run(Stack(p, turned=True), dys, "leading", "tsvd_dv")
-    return dx[:rows], du.reshape(u.shape), dv.reshape(v.shape)
+    dv = run(Stack(p, turned=True), dys, "leading", "tsvd_dv", rows=num_in * rank)
+    return dx[:rows], du[..., : num_out * rank].reshape(u.shape), dv.reshape(v.shape)
 
 
 def batched(
-    a: Stack, b: Stack, to: int | Literal["leading", "middle"], name: str, *, bias=None,
+    a: Stack, b: Stack, to: int | Literal["leading", "middle"], name: str, *,
+    rows: int | None = None, columns: int | None = None, slots: int | None = None, bias=None,
     activation: str | None = None, interpret=None,
 ):  # fmt: skip
     """`activation(a[s] b[s] + bias[s])` for every s, in a's dtype.
 
     `to` says where it goes: "leading" `[S, M, N]`; "middle" `[M, S * N]`; a number R to exchange
-    the batch for the columns (t, r), N = T R, which makes `[T or more, M, S R]`.
+    the batch for the columns (t, r), N = T R, which makes `[T, M, S R]`. `rows` and `columns` are
+    those of the result if not of a and b: others are cut off, and what b lacks is 0, as are batches
+    up to `slots`.
     """
-    batch = min(a.sizes[0], b.sizes[0])
-    (_, rows, inner), columns = a.sizes, b.sizes[2]
-    width, cluster = tiles(batch, rows, columns)
-    high, wide = -(-rows // (ROWS * cluster)), -(-columns // width)
+    batch, inner = min(a.sizes[0], b.sizes[0]), a.sizes[2]
+    rows, columns, slots = rows or a.sizes[1], columns or b.sizes[2], slots or batch
+    width, cluster = tiles(slots, rows, columns)
+    high, wide = -(-rows // (ROWS * cluster)), columns // width
     chunk = CHUNK if isinstance(to, str) else next(c for c in (CHUNK, 32, 16) if to % c == 0)
     shared = {"collective_axes": "cluster"} if cluster > 1 else {}
 
@@ -93,7 +99,8 @@ def batched(
             which = n // (high * wide)
             row, column = raster(n - which * high * wide, high, wide)
             part = (row * cluster + beside) * COMPUTE
-            return _Item(which, part, column, jnp.int32(-(-inner // DEPTH)))
+            steps = jnp.where(which < batch, -(-inner // DEPTH), 0)
+            return _Item(which, part, column, steps)
 
         def fill(here, step, a_smem, b_smem, barrier):
             summed = pl.ds(step * DEPTH, DEPTH)
@@ -110,26 +117,25 @@ def batched(
 
             def copy(staged, begin):
                 own = pl.ds(part * WG_ROWS, WG_ROWS)
-                place = _place(here, to, columns, width // chunk, chunk, begin // chunk)
-
-                @pl.when(part * WG_ROWS < rows)
-                def _():
-                    goal = Stack(None, middle=to == "middle").part(out_ref, place[0], own, place[1])
-                    plgpu.copy_smem_to_gmem(staged, goal)
+                matrix, place = _place(here, to, width // chunk, chunk, begin // chunk)
+                at = (own, matrix, place) if to == "middle" else (matrix, own, place)
+                pl.when(part * WG_ROWS < rows)(
+                    lambda: plgpu.copy_smem_to_gmem(staged, out_ref.at[at])
+                )
 
             each_chunk(total, staging, a.array.dtype, copy)
 
-        return Plan(jnp.int32(batch * high * wide), item, fill, store)
+        return Plan(jnp.int32(slots * high * wide), item, fill, store)
 
     out = {"leading": (batch, rows, columns), "middle": (rows, batch, columns)}.get(str(to))
     if out is None:
-        out = _exchanged(batch, rows, columns, int(to), width)
+        out = columns // int(to), rows, slots * int(to)
     shape = Shape(
         width, a.array.dtype, transpose_a=a.turned, transpose_b=b.turned, chunk=chunk,
         cluster=cluster, stages=STAGES[width],
     )  # fmt: skip
     types = (jax.ShapeDtypeStruct(out, a.array.dtype),)
-    run = product(make, shape, name, batch * high * wide, types, interpret)
+    run = product(make, shape, name, slots * high * wide, types, interpret)
     operands = [] if bias is None else [bias.astype(jnp.float32)]
     (result,) = run(a.array, b.array, *operands)
     return result.reshape(rows, -1) if to == "middle" else result
@@ -146,31 +152,23 @@ def tiles(batch: int, rows: int, columns: int) -> tuple[int, int]:
     """Columns of a tile, and how many thread blocks with rows of their own share them.
 
     Wide tiles and clusters read less; narrow tiles are for products too small to keep every
-    multiprocessor busy. The columns that a tile has too many are fewer than a chunk.
+    multiprocessor busy.
     """
-    whole, high = -(-columns // CHUNK) * CHUNK, -(-rows // ROWS)
-    widths = [w for w in STAGES if whole % w == 0]
-    count = lambda width: batch * high * whole // width
+    high, widths = -(-rows // ROWS), [w for w in STAGES if columns % w == 0]
+    count = lambda width: batch * high * columns // width
     width = next((w for w in widths if count(w) >= multiprocessors()), widths[-1])
     busy = count(width) >= multiprocessors()
     return width, 2 if busy and (high % 2 == 0 or high > 8) else 1
 
 
-def _place(here: _Item, to, columns: int, chunks: int, chunk: int, number: int):
+def _place(here: _Item, to, chunks: int, chunk: int, number: int):
     """Matrix and columns of the result that a chunk of a tile goes to."""
     first = here.column * chunks + number  # in chunks, as is all that follows
     if isinstance(to, str):
         return here.batch, pl.ds(first * chunk, chunk)
     rank = to // chunk
     matrix = first // rank
-    inner = first - matrix * rank
-    # What is past the last column goes to a matrix that nobody reads.
-    matrix = jnp.minimum(matrix, columns // to)
-    return matrix, pl.ds((here.batch * rank + inner) * chunk, chunk)
-
-
-def _exchanged(batch: int, rows: int, columns: int, rank: int, width: int) -> tuple[int, int, int]:
-    return columns // rank + (columns % width > 0), rows, batch * rank
+    return matrix, pl.ds((here.batch * rank + first - matrix * rank) * chunk, chunk)
 
 
 def _epilogue(here: _Item, total, columns: int, bias_ref, activation: str | None):
@@ -184,15 +182,25 @@ def _epilogue(here: _Item, total, columns: int, bias_ref, activation: str | None
 
 
 def _hidden(x, u, us: Stack, interpret):
-    """`x u` `[J or more, M, I*R]`."""
-    xs = Stack(x.reshape(len(x), *u.shape[:2]), middle=True)
-    return batched(xs, us, u.shape[3], "tsvd_hidden", interpret=interpret)
+    """`x u` `[J, M, I*R]`, with zeros for the slots that pad I and J."""
+    num_in, size, _, rank = u.shape
+    xs = Stack(x.reshape(len(x), num_in, size), middle=True)
+    return batched(
+        xs, us, rank, "tsvd_hidden", slots=_slots(num_in, rank), interpret=interpret
+    )  # fmt: skip
+
+
+def _slots(count: int, rank: int) -> int:
+    """So many tiles and more that their ranks fill whole lines of 64."""
+    return -(-count // (few := LINE // math.gcd(rank, LINE))) * few
 
 
 def _views(u, v) -> tuple[Stack, Stack]:
-    """The factors as batches: `[I, A, J*R]` and `[J, I*R, C]`."""
-    (num_in, size, _, _), (num_out, *_, columns) = u.shape, v.shape
-    return Stack(u.reshape(num_in, size, -1)), Stack(v.reshape(num_out, -1, columns))
+    """The factors as batches: `[I, A, J*R]`, padded by zeros to whole lines, and `[J, I*R, C]`."""
+    (num_in, size, num_out, rank), columns = u.shape, v.shape[3]
+    extra = (_slots(num_out, rank) - num_out) * rank
+    us = jnp.pad(u.reshape(num_in, size, -1), ((0, 0), (0, 0), (0, extra)))
+    return Stack(us), Stack(v.reshape(num_out, -1, columns))
 
 
 def _padded(x):
