@@ -12,6 +12,8 @@ import jax
 import jaxlib
 import numpy as np
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def measure(function, *args, repeats: int = 5) -> dict[str, float]:
     """Median, fastest and slowest seconds of a jitted call, and its peak memory in bytes.
@@ -48,7 +50,7 @@ def save(name: str, rows: list[dict]) -> Path:
         },
         "rows": rows,
     }  # fmt: skip
-    path = Path(__file__).parent / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
