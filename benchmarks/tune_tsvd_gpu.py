@@ -3,13 +3,14 @@
     python benchmarks/tune_tsvd_gpu.py             # --quick: one shape, fewer choices
 
 For each shape it times, by the profiler and without what XLA does around the kernels, choices of
-the tiles of both batched products (width, cluster, row tiles that share columns) and of the fused
+the tiles of both batched products (width, cluster, row tiles that share columns, what leaves late) and of the fused
 kernel (`Tiling`); then every row count's best way, which `best_schedule` in `sparsax/pallas/tsvd`
 should choose. A choice whose result differs from the portable one's by more than rounding is an
 error. bfloat16.
 """
 
 import argparse
+import contextlib
 import itertools
 import time
 
@@ -29,6 +30,7 @@ SHAPES = [
 ]  # fmt: skip
 BANDS = (8, 16, 32)
 CLUSTERS = (1, 2)
+BESIDE = (128, 64, 0)
 
 
 def fits(tiling: fused.Tiling, rank: int) -> bool:
@@ -52,24 +54,31 @@ def fused_tilings(u, v) -> list[fused.Tiling]:
     ]  # fmt: skip
 
 
+@contextlib.contextmanager
+def constants(width: int, cluster: int, band: int, beside: int):
+    """Both products as said; `beside`: columns that leave beside the next products, 0 for none."""
+    before = products.tiles, product.BAND, product.LATE, products.BESIDE
+    products.tiles, product.BAND = (lambda *_: (width, cluster)), band
+    products.BESIDE, product.LATE = beside > 0, beside
+    try:
+        yield
+    finally:
+        products.tiles, product.BAND, product.LATE, products.BESIDE = before
+
+
 def choices(u, v, quick: bool):
     """`(how it is called, function)` of every choice for a pair of factors."""
-    plain = lambda x, u, v: products.forward(x, u, v, None, activation=None)
-    yield {"way": "products", "default": True}, plain
-    chosen = products.tiles
-    for width, cluster, band in itertools.product(products.STAGES, CLUSTERS, BANDS):
-        if quick and band != product.BAND:
+    plain = lambda: lambda x, u, v: products.forward(x, u, v, None, activation=None)
+    yield {"way": "products", "default": True}, plain()
+    columns = u.shape[2] * u.shape[3], v.shape[3]
+    for choice in itertools.product(products.STAGES, CLUSTERS, BANDS, BESIDE):
+        width, cluster, band, beside = choice
+        usual = (band == product.BAND) + (beside == product.LATE)
+        if usual < (2 if quick else 1) or any(c % width for c in columns):
             continue
-        how = {"way": "products", "width": width, "cluster": cluster, "band": band}
-        columns = u.shape[2] * u.shape[3], v.shape[3]
-        if any(c % width for c in columns):
-            continue
-        products.tiles, before = lambda *_, how=(width, cluster): how, product.BAND
-        product.BAND = band
-        try:
-            yield how, lambda x, u, v: products.forward(x, u, v, None, activation=None)
-        finally:
-            products.tiles, product.BAND = chosen, before
+        how = dict(zip(("width", "cluster", "band", "beside"), choice, strict=True))
+        with constants(**how):
+            yield {"way": "products"} | how, plain()
     for i, tiling in enumerate(fused_tilings(u, v)):
         if not quick or i < 4:
             how = {"way": "fused", "depth": tiling.depth, "stages": tiling.stages,

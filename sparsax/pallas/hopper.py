@@ -243,6 +243,42 @@ class TensorCores:
 
         return pl.run_scoped(run, *(ACC(shape, jnp.float32) for _ in range(count)))
 
+    def sum_beside(
+        self,
+        shape: tuple[int, int],
+        steps: int,
+        operands: Callable[[Any], tuple[Any, Any]],
+        release: Callable[[Any], None],
+        meanwhile: Callable[[], None],
+    ) -> jax.Array:
+        """The sum of `a @ b` over a known number of steps; `meanwhile` runs beside the first ones.
+
+        Operands and `release` are those of `sums`, and up to two steps are in flight.
+        """
+        ahead = min(2, steps)
+
+        def give_back(i):
+            self.before_release()
+            release(i)
+
+        def run(acc):
+            for i in range(ahead):
+                plgpu.wgmma(acc, *operands(i))
+            meanwhile()
+
+            def step(i, _):
+                plgpu.wgmma(acc, *operands(i))
+                plgpu.wgmma_wait(ahead)
+                give_back(i - ahead)
+
+            lax.fori_loop(ahead, steps, step, None)
+            value = acc[...]
+            for i in range(steps - ahead, steps):
+                give_back(i)
+            return value
+
+        return pl.run_scoped(run, ACC(shape, jnp.float32))
+
     def before_release(self) -> None:
         """Orders generic reads of a slot, which only interpret mode makes, before its refill."""
         if self.interpret:

@@ -20,6 +20,7 @@ from sparsax.pallas.grouped_matmul.tables import DEPTH, SLAB
 from sparsax.pallas.hopper import COL, COMPUTE, WG_ROWS, multiprocessors, per_col
 
 ROWS = COMPUTE * WG_ROWS
+BESIDE = True  # whether tiles leave beside the products of the next ones
 LINE = CHUNK  # columns of an array must be whole lines of tile copies
 STAGES = {256: 4, 128: 6, 64: 8}  # by columns of a tile: 192 KiB, as few tiles must be in flight
 
@@ -87,7 +88,7 @@ def batched(
     batch, inner = min(a.sizes[0], b.sizes[0]), a.sizes[2]
     rows, columns, slots = rows or a.sizes[1], columns or b.sizes[2], slots or batch
     width, cluster = tiles(slots, rows, columns)
-    high, wide = -(-rows // (ROWS * cluster)), columns // width
+    high, wide, steps = -(-rows // (ROWS * cluster)), columns // width, -(-inner // DEPTH)
     chunk = CHUNK if isinstance(to, str) else next(c for c in (CHUNK, 32, 16) if to % c == 0)
     shared = {"collective_axes": "cluster"} if cluster > 1 else {}
 
@@ -96,23 +97,25 @@ def batched(
         beside = lax.axis_index("cluster") if cluster > 1 else 0
 
         def item(n):
-            which = n // (high * wide)
+            which = lax.div(n, jnp.int32(high * wide))
             row, column = raster(n - which * high * wide, high, wide)
             part = (row * cluster + beside) * COMPUTE
-            steps = jnp.where(which < batch, -(-inner // DEPTH), 0)
-            return _Item(which, part, column, steps)
+            return _Item(which, jnp.minimum(which, batch - 1), part, column, jnp.int32(steps))
 
         def fill(here, step, a_smem, b_smem, barrier):
             summed = pl.ds(step * DEPTH, DEPTH)
             for half in range(COMPUTE):
                 own = pl.ds((here.part + half) * WG_ROWS, WG_ROWS)
-                part = a.part(a_ref, here.batch, own, summed)
+                part = a.part(a_ref, here.source, own, summed)
                 plgpu.copy_gmem_to_smem(part, a_smem.at[half], barrier)
-            part = b.part(b_ref, here.batch, summed, pl.ds(here.column * width, width))
+            part = b.part(b_ref, here.source, summed, pl.ds(here.column * width, width))
             plgpu.copy_gmem_to_smem(part, b_smem.at[0], barrier, **shared)
 
-        def store(here, wg, totals, staging):
-            total = _epilogue(here, totals[0], columns, bias_ref, activation)
+        def finish(here, total):
+            total = _epilogue(here, total, columns, bias_ref, activation)
+            return total if slots == batch else jnp.where(here.batch < batch, total, 0.0)
+
+        def store(here, wg, tile, staging, first):
             part = here.part + wg
 
             def copy(staged, begin):
@@ -123,16 +126,16 @@ def batched(
                     lambda: plgpu.copy_smem_to_gmem(staged, out_ref.at[at])
                 )
 
-            each_chunk(total, staging, a.array.dtype, copy)
+            each_chunk(tile, staging, a.array.dtype, copy, first)
 
-        return Plan(jnp.int32(slots * high * wide), item, fill, store)
+        return Plan(jnp.int32(slots * high * wide), item, fill, store, finish)
 
     out = {"leading": (batch, rows, columns), "middle": (rows, batch, columns)}.get(str(to))
     if out is None:
         out = columns // int(to), rows, slots * int(to)
     shape = Shape(
         width, a.array.dtype, transpose_a=a.turned, transpose_b=b.turned, chunk=chunk,
-        cluster=cluster, stages=STAGES[width],
+        cluster=cluster, stages=STAGES[width], steps=steps if BESIDE else None,
     )  # fmt: skip
     types = (jax.ShapeDtypeStruct(out, a.array.dtype),)
     run = product(make, shape, name, slots * high * wide, types, interpret)
@@ -142,7 +145,8 @@ def batched(
 
 
 class _Item(NamedTuple):
-    batch: Any
+    batch: Any  # of the result
+    source: Any  # of a and b
     part: Any  # of the result's rows, one for each warpgroup
     column: Any  # in tiles; sizes are multiplied at use, which proves copies to be aligned
     steps: Any
@@ -167,7 +171,7 @@ def _place(here: _Item, to, chunks: int, chunk: int, number: int):
     if isinstance(to, str):
         return here.batch, pl.ds(first * chunk, chunk)
     rank = to // chunk
-    matrix = first // rank
+    matrix = lax.div(first, jnp.int32(rank))
     return matrix, pl.ds((here.batch * rank + first - matrix * rank) * chunk, chunk)
 
 
