@@ -73,7 +73,8 @@ def times_common(x, tiles, shared, side: str):
 
 def scheduled(x, u, v, schedule: str):
     """The kernels' forward pass in one of its forms."""
-    return pallas.tsvd_forward(x, u, v, None, activation=None, schedule=schedule)
+    options = {"schedule": schedule, "interpret": pallas.interpret()}
+    return pallas.tsvd_forward(x, u, v, None, activation=None, **options)
 
 
 def ways(args, ratio: float, k: int, n: int) -> dict:

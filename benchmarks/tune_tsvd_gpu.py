@@ -3,10 +3,10 @@
     python benchmarks/tune_tsvd_gpu.py             # --quick: one shape, fewer choices
 
 For each shape it times, by the profiler and without what XLA does around the kernels, choices of
-the tiles of both batched products (width, cluster, row tiles that share columns, what leaves late) and of the fused
-kernel (`Tiling`); then every row count's best way, which `best_schedule` in `sparsax/pallas/tsvd`
-should choose. A choice whose result differs from the portable one's by more than rounding is an
-error. bfloat16.
+how both batched products are walked (width of a tile, cluster, row tiles that share columns, what
+leaves late) and of the fused kernel (`Tiling`). The best of each should be what `products.tiles`
+and `best_schedule` in `sparsax/pallas/tsvd` choose. A choice whose result differs from the portable
+one's by more than rounding is an error. bfloat16.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from gpu import kernels
 from resumed import Rows
 from tsvd_gpu import check, draw, tiled
 
+from sparsax import pallas
 from sparsax.pallas.grouped_matmul import product
 from sparsax.pallas.tsvd import best_schedule, fused, products
 
@@ -68,11 +69,12 @@ def constants(width: int, cluster: int, band: int, beside: int):
 
 def choices(u, v, quick: bool):
     """`(how it is called, function)` of every choice for a pair of factors."""
-    plain = lambda: lambda x, u, v: products.forward(x, u, v, None, activation=None)
+    options = {"activation": None, "interpret": pallas.interpret()}
+    plain = lambda: lambda x, u, v: products.forward(x, u, v, None, **options)
     yield {"way": "products", "default": True}, plain()
     columns = u.shape[2] * u.shape[3], v.shape[3]
     for choice in itertools.product(products.STAGES, CLUSTERS, BANDS, BESIDE):
-        width, cluster, band, beside = choice
+        width, _, band, beside = choice
         usual = (band == product.BAND) + (beside == product.LATE)
         if usual < (2 if quick else 1) or any(c % width for c in columns):
             continue
@@ -86,7 +88,7 @@ def choices(u, v, quick: bool):
             yield (
                 how,
                 lambda x, u, v, tiling=tiling: fused.forward(
-                    x, u, v, None, activation=None, tiling=tiling
+                    x, u, v, None, tiling=tiling, **options
                 ),
             )
 
