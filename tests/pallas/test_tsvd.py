@@ -97,7 +97,7 @@ def test_the_fused_kernel_matches_the_reference(c, monkeypatch):
         forward_is_near(c)
 
 
-RACING = Case(name="races", M=(330,), D=192, F=256, tile=64, rank=32, dtype="bfloat16")
+RACING = Case(name="races", M=(330,), D=192, F=256, tile=64, rank=64, dtype="bfloat16")
 
 
 @pytest.mark.usefixtures("few_blocks")
