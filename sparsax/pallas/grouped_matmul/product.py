@@ -142,6 +142,7 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
                 operands, release = operands_since(r * steps)
                 one = lambda i: (lambda a, bs: (a, bs[0]))(*operands(i))
                 total = cores.sum_beside((WG_ROWS, shape.width), steps, one, release, meanwhile)
+                assert plan.finish is not None
                 tile = plan.finish(here, total).astype(shape.dtype)
                 if early:
                     plan.store(here, wg, tile[:, :early], y_smem.at[wg], 0)

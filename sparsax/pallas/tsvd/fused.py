@@ -7,6 +7,7 @@ of thread blocks with the same rows shares these copies.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
     pieces, row_tiles = columns // width, -(-x.shape[0] // ROWS)
     cluster = tiling.cluster
     wide = num_out * pieces // cluster  # clusters beside each other
-    together = {"collective_axes": "cluster"} if cluster > 1 else {}
+    together: dict[str, Any] = {"collective_axes": "cluster"} if cluster > 1 else {}
 
     def kernel(*refs, x_smem, u_smem, v_smem, y_smem, u_bars, v_bars):
         x_ref, u_ref, v_ref, *rest = refs

@@ -90,7 +90,7 @@ def batched(
     width, cluster = tiles(slots, rows, columns)
     high, wide, steps = -(-rows // (ROWS * cluster)), columns // width, -(-inner // DEPTH)
     chunk = CHUNK if isinstance(to, str) else next(c for c in (CHUNK, 32, 16) if to % c == 0)
-    shared = {"collective_axes": "cluster"} if cluster > 1 else {}
+    shared: dict[str, Any] = {"collective_axes": "cluster"} if cluster > 1 else {}
 
     def make(a_ref, b_ref, *rest):
         *bias_ref, out_ref = rest
