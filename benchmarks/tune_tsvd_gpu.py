@@ -31,7 +31,7 @@ SHAPES = [
 ]  # fmt: skip
 BANDS = (8, 16, 32)
 CLUSTERS = (1, 2)
-BESIDE = (128, 64, 0)
+BESIDE = (128, 0)
 
 
 def fits(tiling: fused.Tiling, rank: int) -> bool:
@@ -57,14 +57,14 @@ def fused_tilings(u, v) -> list[fused.Tiling]:
 
 @contextlib.contextmanager
 def constants(width: int, cluster: int, band: int, beside: int):
-    """Both products as said; `beside`: columns that leave beside the next products, 0 for none."""
-    before = products.tiles, product.BAND, product.LATE, products.BESIDE
+    """Both products as said; `beside`: the widest tile that leaves beside the next products."""
+    before = products.tiles, product.BAND, products.BESIDE
     products.tiles, product.BAND = (lambda *_: (width, cluster)), band
-    products.BESIDE, product.LATE = beside > 0, beside
+    products.BESIDE = beside
     try:
         yield
     finally:
-        products.tiles, product.BAND, product.LATE, products.BESIDE = before
+        products.tiles, product.BAND, products.BESIDE = before
 
 
 def choices(u, v, quick: bool):
@@ -75,8 +75,9 @@ def choices(u, v, quick: bool):
     columns = u.shape[2] * u.shape[3], v.shape[3]
     for choice in itertools.product(products.STAGES, CLUSTERS, BANDS, BESIDE):
         width, _, band, beside = choice
-        usual = (band == product.BAND) + (beside == product.LATE)
-        if usual < (2 if quick else 1) or any(c % width for c in columns):
+        usual = (band == product.BAND) + (beside == products.BESIDE)
+        same = not beside and width > products.BESIDE  # nothing leaves late in either case
+        if same or usual < (2 if quick else 1) or any(c % width for c in columns):
             continue
         how = dict(zip(("width", "cluster", "band", "beside"), choice, strict=True))
         with constants(**how):

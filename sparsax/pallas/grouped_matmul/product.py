@@ -28,7 +28,6 @@ from sparsax.pallas.hopper import (
 STAGES = 4  # 48 KiB each for 256 columns
 CHUNK = 64  # columns that leave for global memory at once: a line of shared memory
 CHUNKS = 2  # of them on their way
-LATE = 128  # columns of a tile that may leave beside the products of the next one
 BAND = 16  # row tiles that share columns in the L2 cache, as thread blocks run side by side
 
 
@@ -54,8 +53,8 @@ class Plan(NamedTuple):
     item: Callable[[Any], Any]  # what there is to know of a tile; `.steps` at least
     fill: Callable[..., None]  # `(item, step, a, b, barrier)`: COMPUTE + matrices copies
     store: Callable[..., None]  # `(item, warpgroup, sums, staging)`
-    # What is stored of one sum, `finish(item, sum)`, by `store(..., part, staging, first column)`:
-    # with known steps partly beside the products of the next tile, for which short sums would wait.
+    # What is stored of a single sum, `finish(item, sum)` in `sums`' place: with known steps beside
+    # the products of the next tile, as short sums would else wait for every store.
     finish: Callable[..., jax.Array] | None = None
 
 
@@ -132,31 +131,25 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
             if plan.finish is None:
                 plan.store(here, wg, totals, y_smem.at[wg])
             else:
-                plan.store(here, wg, plan.finish(here, totals[0]), y_smem.at[wg], 0)
+                plan.store(here, wg, plan.finish(here, totals[0]), y_smem.at[wg])
 
         def add_up_beside(steps):
-            # What registers cannot hold beside the next sum leaves at once.
-            early = shape.width - min(shape.width, LATE)
-
             def add(here, r, meanwhile):
                 operands, release = operands_since(r * steps)
                 one = lambda i: (lambda a, bs: (a, bs[0]))(*operands(i))
                 total = cores.sum_beside((WG_ROWS, shape.width), steps, one, release, meanwhile)
                 assert plan.finish is not None
-                tile = plan.finish(here, total).astype(shape.dtype)
-                if early:
-                    plan.store(here, wg, tile[:, :early], y_smem.at[wg], 0)
-                return tile[:, early:]
+                return plan.finish(here, total).astype(shape.dtype)
 
-            def late(here, tile):
-                plan.store(here, wg, tile, y_smem.at[wg], early)
+            def store(here, tile):
+                plan.store(here, wg, tile, y_smem.at[wg])
 
             def go(r, state):
                 coming = read(r)
-                return coming, add(coming, r, lambda: late(*state))
+                return coming, add(coming, r, lambda: store(*state))
 
             first = read(0)
-            late(*lax.fori_loop(1, rounds, go, (first, add(first, jnp.int32(0), lambda: None))))
+            store(*lax.fori_loop(1, rounds, go, (first, add(first, jnp.int32(0), lambda: None))))
 
         @pl.when(wg < COMPUTE)
         def multiply():
@@ -181,10 +174,8 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
     )  # fmt: skip
 
 
-def each_chunk(
-    total: jax.Array, staging, dtype, copy: Callable[[Any, int], None], first: int = 0
-) -> None:
-    """`copy(chunk in shared memory, its first column)` for all columns from `first` on, in turn."""
+def each_chunk(total: jax.Array, staging, dtype, copy: Callable[[Any, int], None]) -> None:
+    """`copy(chunk in shared memory, its first column)` for all columns of a tile, in turn."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's, long ago
     slots, _, width = staging.shape
     for number, begin in enumerate(range(0, total.shape[1], width)):
@@ -195,4 +186,4 @@ def each_chunk(
             plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
         chunk[...] = total[:, begin : begin + width].astype(dtype)
         plgpu.commit_smem()
-        copy(chunk, first + begin)
+        copy(chunk, begin)

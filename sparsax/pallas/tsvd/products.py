@@ -20,7 +20,9 @@ from sparsax.pallas.grouped_matmul.tables import DEPTH, SLAB
 from sparsax.pallas.hopper import COL, COMPUTE, WG_ROWS, multiprocessors, per_col
 
 ROWS = COMPUTE * WG_ROWS
-BESIDE = True  # whether tiles leave beside the products of the next ones
+# The widest tile that leaves beside the products of the next one: wider ones would need more
+# registers than there are, and the assembler would put their products one after the other.
+BESIDE = 128
 LINE = CHUNK  # columns of an array must be whole lines of tile copies
 STAGES = {256: 4, 128: 6, 64: 8}  # by columns of a tile: 192 KiB, as few tiles must be in flight
 
@@ -113,9 +115,9 @@ def batched(
 
         def finish(here, total):
             total = _epilogue(here, total, columns, bias_ref, activation)
-            return total if slots == batch else jnp.where(here.batch < batch, total, 0.0)
+            return total if slots == batch else total * jnp.where(here.batch < batch, 1.0, 0.0)
 
-        def store(here, wg, tile, staging, first):
+        def store(here, wg, tile, staging):
             part = here.part + wg
 
             def copy(staged, begin):
@@ -126,7 +128,7 @@ def batched(
                     lambda: plgpu.copy_smem_to_gmem(staged, out_ref.at[at])
                 )
 
-            each_chunk(tile, staging, a.array.dtype, copy, first)
+            each_chunk(tile, staging, a.array.dtype, copy)
 
         return Plan(jnp.int32(slots * high * wide), item, fill, store, finish)
 
@@ -135,7 +137,7 @@ def batched(
         out = columns // int(to), rows, slots * int(to)
     shape = Shape(
         width, a.array.dtype, transpose_a=a.turned, transpose_b=b.turned, chunk=chunk,
-        cluster=cluster, stages=STAGES[width], steps=steps if BESIDE else None,
+        cluster=cluster, stages=STAGES[width], steps=steps if width <= BESIDE else None,
     )  # fmt: skip
     types = (jax.ShapeDtypeStruct(out, a.array.dtype),)
     run = product(make, shape, name, slots * high * wide, types, interpret)
