@@ -195,7 +195,7 @@ def main() -> None:
     args = parser.parse_args()
     args.kernels = pallas.on_hopper()
     if args.quick:
-        args.layers, args.rows = QUICK, [16, 512, 8192]
+        args.layers, args.rows, args.tiles = QUICK, [16, 8192], [256, 512]
     done = Rows(args.name, ("layer", "rows", "ratio"), resume=args.resume)
     for layer, rows, ratio in itertools.product(args.layers, args.rows, args.ratios):
         if not done.has(layer=layer, rows=rows, ratio=ratio):
