@@ -12,6 +12,8 @@ import jax
 import jaxlib
 import numpy as np
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def measure(function, *args, repeats: int = 5) -> dict[str, float]:
     """Median, fastest and slowest seconds of a jitted call, and its peak memory in bytes.
@@ -32,7 +34,7 @@ def measure(function, *args, repeats: int = 5) -> dict[str, float]:
     }  # fmt: skip
 
 
-def save(name: str, rows: list[dict], folder: Path = Path(__file__).parent / "results") -> Path:
+def save(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
     """Writes `NAME.json` in the folder with what is needed to read it later.
 
     The environment's GIT_COMMIT names the commit where the code runs outside of its repository.

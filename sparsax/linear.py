@@ -42,9 +42,9 @@ def tsvd_matmul(
         bias: `[F]`.
         activation: "relu", "silu", "gelu" (tanh), "gelu_exact", or None.
         implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs:
-            y and dx by one fused kernel that stores no `x u`; bfloat16 or float16, tiles in
-            multiples of 64, ranks 32, 64, 96 or 128, see `TiledFactors.pad_rank`), or None for
-            "xla". A name runs or raises.
+            batched matmuls that transpose nothing in between, or one fused kernel that stores no
+            `x u` where that reads less; bfloat16 or float16, tiles in multiples of 64, ranks in
+            multiples of 16, see `TiledFactors.pad_rank`), or None for "xla". A name runs or raises.
 
     Returns:
         `[*B, F]` in x's dtype.
@@ -166,9 +166,9 @@ def _linear_bwd(call, residuals, dy):
         _, pull = jax.vjp(ACTIVATIONS[call.activation], z.astype(jnp.float32))
         dy = pull(dy.astype(jnp.float32))[0].astype(x.dtype)
     if call.side is None:
-        dx, dfirst, dsecond = xla.tsvd_backward(x, first, second, dy)
-        if call.kernel:  # the gradients of the factors are plain batched matmuls everywhere
-            dx = pallas.tsvd_backward_x(dy, first, second, interpret=call.interpret)
+        options = {"interpret": call.interpret} if call.kernel else {}
+        backward = pallas.tsvd_backward if call.kernel else xla.tsvd_backward
+        dx, dfirst, dsecond = backward(x, first, second, dy, **options)
     else:
         dx, dfirst, dsecond = xla.tsvd_common_backward(x, p, first, second, dy, side=call.side)
     dbias = None if bias is None else dy.sum(0, dtype=jnp.float32).astype(bias.dtype)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from sparsax import sparsify
-from sparsax.convert import Row, Rule
+from sparsax.convert import Report, Row, Rule
 from sparsax.nn import Classifier, TSVDCommonLinear, TSVDLinear, named_modules
 from sparsax.rules import TSVD, TSVDCommon
 from tests.helpers import assert_near
@@ -66,6 +66,18 @@ def test_one_budget_is_spread_over_all_layers(weighted):
     text = str(report)
     assert all(row.path in text for row in report.rows)
     assert f"{before:,} -> {kept:,} of these" in text
+    assert "expected on an H200, 4,096 rows" in text
+
+
+def test_the_expected_time_is_that_of_the_weights_or_of_the_arithmetic():
+    row = Row(
+        path="", before="", after="", detail="", error=0.0, parameters=(100, 25),
+        bytes=(200, 50), flops=(200, 50),
+    )  # fmt: skip
+    assert row.seconds(1, flops=100.0, bandwidth=10.0) == (20.0, 5.0)
+    assert row.seconds(100, flops=100.0, bandwidth=10.0) == (200.0, 50.0)
+    report = Report((row, row), (200, 50))
+    assert report.seconds(1, flops=100.0, bandwidth=10.0) == (40.0, 10.0)
 
 
 def test_a_layer_that_is_worth_it_stays_dense():

@@ -75,11 +75,14 @@ class TSVDLinear(nnx.Module):
         Args:
             linear: an `nnx.Linear`, or an `nnx.LinearGeneral` over the last axes.
             gram: `x.T @ x` of calibration inputs, see `sparsax.tsvd`.
-            implementation: see the class.
+            implementation: see the class; for "pallas" ranks are padded to a multiple of 16.
             **how: `tile` and one of `rank`, `ratio`, `energy`, and more, see `sparsax.tsvd`.
         """
         kernel, bias, rest = read_linear(linear)
-        return cls(tsvd(kernel, gram=gram, **how), bias, **rest, implementation=implementation)
+        factors = tsvd(kernel, gram=gram, **how)
+        if implementation == "pallas":
+            factors = factors.pad_rank(16)
+        return cls(factors, bias, **rest, implementation=implementation)
 
     @property
     def factors(self) -> TiledFactors:

@@ -16,6 +16,6 @@ from sparsax.pallas.support import interpreted as interpreted
 from sparsax.pallas.support import lowering as lowering
 from sparsax.pallas.support import on_hopper as on_hopper
 from sparsax.pallas.support import refusal as refusal
-from sparsax.pallas.tsvd_matmul import tsvd_backward_x as tsvd_backward_x
-from sparsax.pallas.tsvd_matmul import tsvd_forward as tsvd_forward
-from sparsax.pallas.tsvd_matmul import tsvd_refusal as tsvd_refusal
+from sparsax.pallas.tsvd import tsvd_backward as tsvd_backward
+from sparsax.pallas.tsvd import tsvd_forward as tsvd_forward
+from sparsax.pallas.tsvd import tsvd_refusal as tsvd_refusal

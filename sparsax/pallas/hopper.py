@@ -83,10 +83,17 @@ class Ring:
         return self.bars[0]
 
     @staticmethod
-    def barriers(slots: int, copies: int) -> tuple[Any, Any]:
-        """The barriers of a ring whose slots take that many copies to fill."""
+    def barriers(slots: int, copies: int, cluster: int = 1) -> tuple[Any, Any]:
+        """The barriers of a ring whose slots take that many copies to fill.
+
+        Where a cluster of thread blocks shares copies, all of them must have emptied a slot.
+        """
         filled = plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
-        return filled, plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots)
+        if cluster == 1:
+            return filled, plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots)
+        return filled, plgpu.ClusterBarrier(
+            collective_axes=("cluster",), num_arrivals=COMPUTE, num_barriers=slots
+        )
 
     def slot(self, step):
         """The slot that a step uses."""
@@ -236,6 +243,42 @@ class TensorCores:
 
         return pl.run_scoped(run, *(ACC(shape, jnp.float32) for _ in range(count)))
 
+    def sum_beside(
+        self,
+        shape: tuple[int, int],
+        steps: int,
+        operands: Callable[[Any], tuple[Any, Any]],
+        release: Callable[[Any], None],
+        meanwhile: Callable[[], None],
+    ) -> jax.Array:
+        """The sum of `a @ b` over a known number of steps; `meanwhile` runs beside the first ones.
+
+        Operands and `release` are those of `sums`, and up to two steps are in flight.
+        """
+        ahead = min(2, steps)
+
+        def give_back(i):
+            self.before_release()
+            release(i)
+
+        def run(acc):
+            for i in range(ahead):
+                plgpu.wgmma(acc, *operands(i))
+            meanwhile()
+
+            def step(i, _):
+                plgpu.wgmma(acc, *operands(i))
+                plgpu.wgmma_wait(ahead)
+                give_back(i - ahead)
+
+            lax.fori_loop(ahead, steps, step, None)
+            value = acc[...]
+            for i in range(steps - ahead, steps):
+                give_back(i)
+            return value
+
+        return pl.run_scoped(run, ACC(shape, jnp.float32))
+
     def before_release(self) -> None:
         """Orders generic reads of a slot, which only interpret mode makes, before its refill."""
         if self.interpret:
@@ -248,8 +291,14 @@ def _dot(acc, a, b):
     return value if acc is None else acc + value
 
 
-def launch(kernel, name: str, thread_blocks: int, out_type, interpret, **scratch):
-    """The kernel as a function of its operands, on `thread_blocks` along the axis "item"."""
+def launch(
+    kernel, name: str, thread_blocks: int, out_type, interpret, *, cluster: int = 1, **scratch
+):  # fmt: skip
+    """The kernel as a function of its operands, on `thread_blocks` along the axis "item".
+
+    With a cluster, so many thread blocks each, along the axis "cluster".
+    """
+    clusters = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
     return plgpu.kernel(
         kernel,
         out_type=out_type,
@@ -261,4 +310,5 @@ def launch(kernel, name: str, thread_blocks: int, out_type, interpret, **scratch
         kernel_name=name,
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        **clusters,
     )

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from sparsax.pallas import grouped_matmul
+from sparsax.pallas.activations import ACTIVATIONS
 from sparsax.pallas.grouped_matmul import FEATURES, grouped_refusal
-from sparsax.pallas.tsvd_matmul import ACTIVATIONS
 
 
 def routed_refusal(dtype, features: int, unit: int, activation: str) -> str | None:

@@ -87,6 +87,13 @@ def test_dtypes_are_those_of_flax(form):
         assert all(v.dtype == param_dtype for v in jax.tree.leaves(nnx.state(layer)))
 
 
+def test_ranks_are_padded_for_the_kernels():
+    layer = TSVDLinear.from_linear(dense(), tile=16, rank=6, implementation="pallas")
+    assert layer.factors.rank == 16
+    want = TSVDLinear.from_linear(dense(), tile=16, rank=6).factors.to_dense()
+    assert_near(layer.factors.to_dense(), want, 1e-6, "kernel")
+
+
 def test_an_activation_is_applied():
     layer = TSVDLinear.from_linear(dense(), tile=16, rank=6)
     fused = TSVDLinear(layer.factors, layer.bias[...], activation="gelu")

@@ -1,7 +1,8 @@
-"""The fused kernel of tiled factors: interpreted against the float32 reference, and lowered."""
+"""The kernels of tiled factors: interpreted against the float32 reference, and lowered."""
 
 import dataclasses
 import itertools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,32 @@ import numpy as np
 import pytest
 
 from sparsax import TiledFactors, pallas, tsvd_matmul
+from sparsax.pallas import tsvd
+from sparsax.pallas.grouped_matmul import product
+from sparsax.pallas.tsvd import products
 from tests.helpers import TOLERANCES, assert_near
 from tests.test_linear import Case, multiply
 
+# Ragged rows and features, every width of a tile and of a chunk, sums that no step divides.
 CASES = (
     Case(name="plain", M=(128,), D=192, F=128, tile=64, rank=32, dtype="bfloat16"),
     Case(name="ragged_gelu", M=(3, 67), D=300, F=200, tile=128, rank=64, dtype="float16",
          activation="gelu"),
-    Case(name="tall_relu", M=(9,), D=256, F=64, tile=(256, 64), rank=32, dtype="bfloat16",
+    Case(name="tall_relu", M=(9,), D=256, F=64, tile=(256, 64), rank=64, dtype="bfloat16",
          activation="relu", bias=False),
-    Case(name="deep", M=(64,), D=1024, F=64, tile=(512, 64), rank=32, dtype="bfloat16"),
+    Case(name="rank_48", M=(130,), D=128, F=192, tile=64, rank=48, dtype="bfloat16"),
+    Case(name="rank_16", M=(1,), D=256, F=320, tile=64, rank=16, dtype="bfloat16"),
     Case(name="wide_silu", M=(200,), D=64, F=512, tile=(64, 256), rank=96, dtype="bfloat16",
          activation="silu"),
+)  # fmt: skip
+BY_NAME = pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
+# What the fused kernel takes besides.
+FUSED = (
+    dataclasses.replace(CASES[0], name="fused"), dataclasses.replace(CASES[1], name="fused_gelu"),
+    Case(name="fused_deep", M=(64,), D=1024, F=64, tile=(512, 64), rank=32, dtype="bfloat16"),
+    Case(name="fused_silu", M=(200,), D=64, F=512, tile=(64, 256), rank=96, dtype="bfloat16",
+         activation="silu"),
+    Case(name="fused_cut", M=(70,), D=128, F=768, tile=(64, 384), rank=32, dtype="bfloat16"),
 )  # fmt: skip
 
 
@@ -48,28 +63,110 @@ def check(c):
         assert_near(one, other, tolerance.gradient, "gradient")
 
 
-@pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
+@pytest.fixture
+def few_blocks(monkeypatch):
+    """Four thread blocks: products are wide, clusters share copies, and all walk over tiles."""
+    monkeypatch.setattr(product, "multiprocessors", lambda: 4)
+    monkeypatch.setattr(products, "multiprocessors", lambda: 4)
+
+
+@pytest.fixture(params=typing.get_args(tsvd.Schedule))
+def schedule(request, monkeypatch):
+    """The only schedule there is."""
+    monkeypatch.setattr(tsvd, "best_schedule", lambda *_: request.param)
+    return request.param
+
+
+@BY_NAME
 def test_values_and_gradients_match_the_reference(c):
     with pallas.interpreted():
         check(c)
 
 
+def forward_is_near(c):
+    x, factors, bias, _ = c.inputs()
+    y = jax.jit(lambda *a: tsvd_matmul(*a, c.activation, implementation="pallas"))(x, factors, bias)
+    want = tsvd_matmul(x, factors, bias, c.activation, implementation="reference")
+    assert_near(y, want, TOLERANCES[c.dtype].output, "y")
+
+
+@pytest.mark.parametrize("c", FUSED, ids=lambda c: c.name)
+def test_the_fused_kernel_matches_the_reference(c, monkeypatch):
+    monkeypatch.setattr(tsvd, "best_schedule", lambda *_: "fused")
+    with pallas.interpreted():
+        forward_is_near(c)
+
+
+RACING = Case(name="races", M=(330,), D=192, F=256, tile=64, rank=64, dtype="bfloat16")
+
+
+@pytest.mark.usefixtures("few_blocks")
+def test_no_races_forward(schedule):
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # no public way
+
+    with pallas.interpreted(detect_races=True):
+        forward_is_near(dataclasses.replace(RACING, M=(200,) if schedule == "fused" else (330,)))
+    assert not interpret_pallas_call.get_races().races_found
+
+
+@pytest.mark.parametrize("gradient", [0, 1, 2], ids=["dx", "du", "dv"])
+@pytest.mark.usefixtures("few_blocks")
+def test_no_races_backward(gradient):  # one at a time: races of the last kernel alone are kept
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    c = dataclasses.replace(RACING, F=128)
+    x, factors, _, dy = c.inputs()
+    arguments = x, factors.u, factors.v, dy
+    with pallas.interpreted(detect_races=True):
+        run = lambda *a: pallas.tsvd_backward(*a, interpret=pallas.interpret())[gradient]
+        got = jax.block_until_ready(jax.jit(run)(*arguments))
+    assert not interpret_pallas_call.get_races().races_found
+    wide = jax.tree.map(lambda leaf: leaf.astype("float32"), (x, factors, dy))
+    _, pull = jax.vjp(lambda x, f: tsvd_matmul(x, f, implementation="reference"), *wide[:2])
+    dx, dfactors = pull(wide[2])
+    want = (dx, dfactors.u, dfactors.v)[gradient]
+    assert_near(got, want, TOLERANCES["bfloat16"].gradient, "gradient")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
+@BY_NAME
 def test_values_and_gradients_match_the_reference_on_the_gpu(c):
     check(c)
     one, two = (value_and_gradients(c, "pallas", c.dtype) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-FITS = list(itertools.product((64, 128, 192, 256, 512), (32, 64, 96, 128), ("bfloat16", "float16")))
+# Enough tiles to keep every multiprocessor busy: clusters share copies there.
+LARGE = (
+    Case(name="large", M=(4, 2048), D=1024, F=4096, tile=256, rank=32, dtype="bfloat16"),
+    Case(name="large_ragged", M=(5001,), D=1000, F=3000, tile=256, rank=64, dtype="bfloat16"),
+    Case(name="large_decode", M=(16,), D=4096, F=4096, tile=256, rank=32, dtype="bfloat16"),
+)
 
 
-def lower(size, rank, dtype, activation=None):
+@pytest.mark.gpu
+@pytest.mark.parametrize("c", LARGE, ids=lambda c: c.name)
+def test_large_products_match_the_reference_on_the_gpu(c):
+    check(c)
+    one, two = (value_and_gradients(c, "pallas", c.dtype) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("c", [*FUSED, *LARGE], ids=lambda c: c.name)
+def test_the_fused_kernel_matches_the_reference_on_the_gpu(c, monkeypatch):
+    monkeypatch.setattr(tsvd, "best_schedule", lambda *_: "fused")
+    forward_is_near(c)
+
+
+FITS = list(itertools.product((64, 192, 256, 512), (16, 32, 96, 128), ("bfloat16", "float16")))
+
+
+def lower(size, rank, dtype, rows=200, activation=None):
     u = jax.ShapeDtypeStruct((3, size, 5, rank), dtype)
     v = jax.ShapeDtypeStruct((5, 3, rank, size), dtype)
     factors = TiledFactors(u, v, pad_in=0, pad_out=0)
-    x, bias = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((200, 3 * size), (5 * size,)))
+    x, bias = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((rows, 3 * size), (5 * size,)))
 
     def loss(*a):
         y = tsvd_matmul(*a, activation, implementation="pallas")
@@ -81,26 +178,82 @@ def lower(size, rank, dtype, activation=None):
 
 
 @pytest.mark.parametrize(("size", "rank", "dtype"), FITS)
-def test_the_kernel_lowers_forward_and_for_dx(size, rank, dtype):
-    assert lower(size, rank, dtype).count("stablehlo.custom_call @mosaic_gpu") == 2
+def test_the_kernels_lower_forward_and_backward(size, rank, dtype):
+    # Two forward; x u again, its gradient, dx, du and dv.
+    assert lower(size, rank, dtype).count("stablehlo.custom_call @mosaic_gpu") == 7
+
+
+@pytest.mark.parametrize(("size", "rank"), list(itertools.product((64, 256), (64, 128))))
+def test_the_fused_kernel_lowers(size, rank):
+    text = lower(size, rank, "bfloat16", rows=8192)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 6
+    assert "tsvd_fused" in text
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
-def test_activations_lower_in_the_epilogue(activation):
+def test_activations_lower_in_the_epilogue(activation, schedule):
     x, factors, bias, _ = CASES[0].inputs()
     with pallas.lowering():
         run = jax.jit(lambda *a: tsvd_matmul(*a, activation, implementation="pallas"))
         text = run.trace(x, factors, bias).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+    kernels = {"fused": 1, "products": 2}[schedule]
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == kernels
     assert not any(
         name in text for name in ("stablehlo.tanh", "stablehlo.logistic", "stablehlo.maximum")
     )
 
 
+def over_layers(x, factors):
+    layer = lambda x, f: (x + tsvd_matmul(x, f, implementation="pallas"), None)
+    return jax.lax.scan(jax.checkpoint(layer), x, factors)[0]
+
+
+def sharded(x, factors):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), "rows")
+    spec, none = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
+    one = jax.tree.map(lambda leaf: leaf[0], factors)
+    call = lambda x, f: tsvd_matmul(x, f, implementation="pallas")
+    return jax.shard_map(call, mesh=mesh, in_specs=(spec, none), out_specs=spec)(x, one)
+
+
+def over_factors(x, factors):
+    return jax.vmap(lambda f: tsvd_matmul(x, f, implementation="pallas"))(factors)
+
+
+@pytest.mark.parametrize("model", [over_layers, sharded, over_factors])
+def test_gradients_lower_within_transformations(model, schedule):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    factors = TiledFactors(of(3, 2, 128, 2, 32), of(3, 2, 2, 32, 128), pad_in=0, pad_out=0)
+    loss = lambda *a: (model(*a).astype(jnp.float32) ** 2).sum()
+    with pallas.lowering():
+        step = jax.jit(jax.grad(loss, (0, 1))).trace(of(512, 256), factors)
+        assert "mosaic_gpu" in step.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "rank", "columns", "schedule"),
+    [(8192, 64, 256, "fused"), (8192, 32, 256, "products"), (64, 64, 256, "products"),
+     (8192, 64, 512, "products"), (8192, 48, 256, "products")],
+)  # fmt: skip
+def test_the_schedule_that_reads_less_is_chosen(rows, rank, columns, schedule):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    u, v = of(16, 256, 16, rank), of(16, 16, rank, columns)
+    assert tsvd.best_schedule(rows, u, v) == schedule
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "columns", "wanted"),
+    [(16, 8192, 512, (256, 2)), (16, 16, 512, (64, 1)), (4, 1024, 320, (64, 2)),
+     (1, 128, 64, (64, 1)), (16, 8192, 192, (64, 2)), (3, 384, 256, (64, 1))],
+)  # fmt: skip
+def test_tiles_are_wide_where_there_are_enough(batch, rows, columns, wanted):
+    assert products.tiles(batch, rows, columns) == wanted
+
+
 REFUSED = {
     "float32": ({"dtype": "float32"}, "takes x and factors in one of .* got float32"),
-    "rank": ({"rank": 16}, r"takes ranks \(32, 64, 96, 128\); got 16, see .*pad_rank\(32\)"),
-    "tile": ({"tile": 48}, "takes tiles in multiples of 64 .* got 48 x 48"),
+    "rank": ({"rank": 24}, r"takes ranks in multiples of 16; got 24, see .*pad_rank\(16\)"),
+    "tile": ({"tile": 48}, "takes tiles in multiples of 64; got 48 x 48"),
     "activation": ({"activation": "gelu_exact"}, "takes activation .* got 'gelu_exact'"),
     "common": ({"side": "right"}, "has no kernel for common factors"),
 }

@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparsax.pallas.activations import ACTIVATIONS
 from sparsax.pallas.grouped_matmul import tables
 from sparsax.pallas.grouped_matmul.product import (
     CHUNK,
@@ -22,7 +23,6 @@ from sparsax.pallas.grouped_matmul.product import (
 )
 from sparsax.pallas.grouped_matmul.tables import DEPTH, SLAB
 from sparsax.pallas.hopper import COL, COMPUTE, WG_ROWS, per_col
-from sparsax.pallas.tsvd_matmul import ACTIVATIONS
 
 
 def gmm(x, w, group_sizes, bias=None, *, transpose_w: bool, interpret=None):

@@ -40,6 +40,10 @@ class Shape:
     matrices: int = 1  # b that meet the same a, each with a sum of its own
     transpose_a: bool = False  # tiles of a arrive as `DEPTH x rows`
     transpose_b: bool = False  # tiles of b arrive as `width x DEPTH`
+    chunk: int = CHUNK  # columns of the result that leave at once, at most CHUNK
+    cluster: int = 1  # thread blocks that walk side by side and may share their copies
+    stages: int | None = None  # slots of the ring; STAGES when None
+    steps: int | None = None  # of every tile, where all have as many and one matrix
 
 
 class Plan(NamedTuple):
@@ -49,6 +53,9 @@ class Plan(NamedTuple):
     item: Callable[[Any], Any]  # what there is to know of a tile; `.steps` at least
     fill: Callable[..., None]  # `(item, step, a, b, barrier)`: COMPUTE + matrices copies
     store: Callable[..., None]  # `(item, warpgroup, sums, staging)`
+    # What is stored of a single sum, `finish(item, sum)` in `sums`' place: with known steps beside
+    # the products of the next tile, as short sums would else wait for every store.
+    finish: Callable[..., jax.Array] | None = None
 
 
 def width_of(columns: int, matrices: int = 1) -> int:
@@ -67,19 +74,20 @@ def raster(n, rows, columns: int) -> tuple[Any, Any]:
 
 def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_type, interpret):
     """The kernel `make(*refs)` describes, as a function of its operands; `most` tiles at most."""
-    thread_blocks = min(most, multiprocessors())
+    thread_blocks = min(most, multiprocessors() // shape.cluster)
+    stages = shape.stages or STAGES
     cores = TensorCores(interpret is not None)
 
     def kernel(*refs, a_smem, b_smem, y_smem, bars):
-        plan, ring = make(*refs), Ring(bars, STAGES)
+        plan, ring = make(*refs), Ring(bars, stages)
         block, wg = lax.axis_index("item"), lax.axis_index("wg")
         rounds = (plan.count - block + thread_blocks - 1) // thread_blocks
 
+        def read(r):
+            return plan.item(jnp.minimum(block + r * thread_blocks, plan.count - 1))
+
         def each_item(visit):
             """`visit(item, steps before it)` for the block's tiles, each read one ahead."""
-
-            def read(r):
-                return plan.item(jnp.minimum(block + r * thread_blocks, plan.count - 1))
 
             def go(r, state):
                 here, begin = state
@@ -103,50 +111,79 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
 
             ring.drain(each_item(copy))
 
+        def operands_since(begin):
+            def operands(i):
+                ring.wait(begin + i)
+                slot = ring.slot(begin + i)
+                turn = lambda ref, wanted: ref.transpose((1, 0)) if wanted else ref
+                bs = [b_smem.at[slot, i] for i in range(shape.matrices)]
+                return (
+                    turn(a_smem.at[slot, wg], shape.transpose_a),
+                    [turn(b, shape.transpose_b) for b in bs],
+                )
+
+            return operands, lambda i: ring.release(begin + i)
+
+        def add_up(here, begin):
+            totals = cores.sums(
+                (WG_ROWS, shape.width), shape.matrices, here.steps, *operands_since(begin)
+            )
+            if plan.finish is None:
+                plan.store(here, wg, totals, y_smem.at[wg])
+            else:
+                plan.store(here, wg, plan.finish(here, totals[0]), y_smem.at[wg])
+
+        def add_up_beside(steps):
+            def add(here, r, meanwhile):
+                operands, release = operands_since(r * steps)
+                one = lambda i: (lambda a, bs: (a, bs[0]))(*operands(i))
+                total = cores.sum_beside((WG_ROWS, shape.width), steps, one, release, meanwhile)
+                assert plan.finish is not None
+                return plan.finish(here, total).astype(shape.dtype)
+
+            def store(here, tile):
+                plan.store(here, wg, tile, y_smem.at[wg])
+
+            def go(r, state):
+                coming = read(r)
+                return coming, add(coming, r, lambda: store(*state))
+
+            first = read(0)
+            store(*lax.fori_loop(1, rounds, go, (first, add(first, jnp.int32(0), lambda: None))))
+
         @pl.when(wg < COMPUTE)
         def multiply():
             plgpu.set_max_registers(232, action="increase")
-
-            def add_up(here, begin):
-                def operands(i):
-                    ring.wait(begin + i)
-                    slot = ring.slot(begin + i)
-                    turn = lambda ref, wanted: ref.transpose((1, 0)) if wanted else ref
-                    bs = [b_smem.at[slot, i] for i in range(shape.matrices)]
-                    return (
-                        turn(a_smem.at[slot, wg], shape.transpose_a),
-                        [turn(b, shape.transpose_b) for b in bs],
-                    )
-
-                release = lambda i: ring.release(begin + i)
-                totals = cores.sums(
-                    (WG_ROWS, shape.width), shape.matrices, here.steps, operands, release
-                )
-                plan.store(here, wg, totals, y_smem.at[wg])
-
-            each_item(add_up)
+            if shape.steps is None:
+                each_item(add_up)
+            else:
+                add_up_beside(shape.steps)
             plgpu.wait_smem_to_gmem(0)
 
     b_tile = (shape.width, DEPTH) if shape.transpose_b else (DEPTH, shape.width)
     lined = lambda *sizes: tiled(sizes, shape.dtype, DEPTH, 2 * DEPTH)
     return launch(
-        kernel, name, thread_blocks, out_type, interpret,
-        a_smem=lined(STAGES, COMPUTE, WG_ROWS, DEPTH),
-        b_smem=lined(STAGES, shape.matrices, *b_tile),
-        y_smem=lined(COMPUTE, CHUNKS, WG_ROWS, CHUNK),
-        bars=Ring.barriers(STAGES, COMPUTE + shape.matrices),
+        kernel, name, thread_blocks, out_type, interpret, cluster=shape.cluster,
+        a_smem=lined(stages, COMPUTE, WG_ROWS, DEPTH),
+        b_smem=lined(stages, shape.matrices, *b_tile),
+        y_smem=tiled(
+            (COMPUTE, CHUNKS * CHUNK // shape.chunk, WG_ROWS, shape.chunk), shape.dtype,
+            shape.chunk, 2 * shape.chunk,
+        ),
+        bars=Ring.barriers(stages, COMPUTE + shape.matrices, shape.cluster),
     )  # fmt: skip
 
 
 def each_chunk(total: jax.Array, staging, dtype, copy: Callable[[Any, int], None]) -> None:
     """`copy(chunk in shared memory, its first column)` for all columns of a tile, in turn."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's, long ago
-    for number, begin in enumerate(range(0, total.shape[1], CHUNK)):
-        chunk = staging.at[number % CHUNKS]
-        if number >= CHUNKS:
-            # Waiting for all but the last copy suffices: a chunk makes one copy at least, or none
+    slots, _, width = staging.shape
+    for number, begin in enumerate(range(0, total.shape[1], width)):
+        chunk = staging.at[number % slots]
+        if number >= slots:
+            # Waiting for all but the last copies suffices: a chunk makes one copy at least, or none
             # of this tile's chunks makes any.
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        chunk[...] = total[:, begin : begin + CHUNK].astype(dtype)
+            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        chunk[...] = total[:, begin : begin + width].astype(dtype)
         plgpu.commit_smem()
         copy(chunk, begin)

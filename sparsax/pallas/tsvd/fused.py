@@ -1,12 +1,13 @@
 """The fused product with tiled factors: `x u` never leaves the registers.
 
-Li, Choi, Kwon, Ahn, "A Hardware-Friendly Tiled Singular-Value Decomposition-Based Matrix
-Multiplication for Transformer-Based Models" (IEEE CAL 22(2), 2023). The factors of tile (i, j)
-serve output column j alone, so a thread block that owns rows and a column of tiles walks over i,
-`p = x_i u_ij`, `y_j += p v_ij`, and computes nothing twice: flash attention without the softmax.
+The factors of tile (i, j) serve output column j alone, so a thread block that owns rows and a
+column of tiles walks over i, `p = x_i u_ij`, `y_j += p v_ij`, and computes nothing twice: flash
+attention without the softmax. The price is that x is read once for every column of tiles; a cluster
+of thread blocks with the same rows shares these copies.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparsax.pallas.activations import ACTIVATIONS
+from sparsax.pallas.grouped_matmul.product import CHUNK, CHUNKS, each_chunk
 from sparsax.pallas.hopper import (
     ACC,
     COL,
@@ -22,12 +25,12 @@ from sparsax.pallas.hopper import (
     WG_ROWS,
     Ring,
     TensorCores,
+    launch,
     per_col,
     shared,
     tiled,
     zeros,
 )
-from sparsax.pallas.support import DTYPES, on_hopper
 
 ROWS = COMPUTE * WG_ROWS
 SHARED_BYTES = 226 * 1024  # a thread block's, less what barriers need
@@ -37,86 +40,64 @@ V_STAGES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """What a thread block holds: `depth` rows of u at a time, `width` columns of v and y."""
+    """What a thread block holds: `depth` rows of u at a time, `width` columns of v and y.
+
+    `cluster` thread blocks share copies of x.
+    """
 
     depth: int
     width: int
     stages: int
+    cluster: int = 1
 
     @staticmethod
-    def of(size: int, rank: int, columns: int) -> "Tiling | None":
-        """The tiling for tiles of `size x columns`, or None where the kernel has none."""
-        depth = next((d for d in (128, 64) if size % d == 0), None)
-        if depth is None or rank not in RANKS:
+    def of(u, v) -> "Tiling | None":
+        """The tiling for factors of such shapes, or None where the kernel has none."""
+        (_, size, num_out, rank), columns = u.shape, v.shape[3]
+        if rank not in RANKS:
             return None
-        for width in (256, 128, 64):
-            slot = 2 * depth * (ROWS + rank)
-            free = SHARED_BYTES - 2 * ROWS * width - V_STAGES * 2 * rank * width
-            if columns % width == 0 and free >= 2 * slot:
-                return Tiling(depth, width, min(4, free // slot))
+        for width in (w for w in (256, 128, 64) if columns % w == 0):
+            free = SHARED_BYTES - 2 * CHUNKS * ROWS * CHUNK - V_STAGES * 2 * rank * width
+            cluster = next(c for c in (4, 2, 1) if num_out * columns // width % c == 0)
+            # Long steps wait less often, but there must be some to come.
+            for depth, least in ((128, 3), (64, 3), (64, 2)):
+                stages = free // (2 * depth * (ROWS + rank))
+                if size % depth == 0 and stages >= least:
+                    return Tiling(depth, width, min(stages, 4), cluster)
         return None
 
 
-# Without gradients of their own: JAX's `relu` has one, which kernels cannot lower.
-ACTIVATIONS = {
-    "relu": lambda x: jnp.maximum(x, 0.0),
-    "silu": jax.nn.silu,
-    "gelu": jax.nn.gelu,
-}
-
-
-def tsvd_refusal(x, u, v, activation: str | None) -> str | None:
-    """Why the kernel cannot take these arrays, forward or for dx; None if it can."""
-    (_, size, _, rank), columns = u.shape, v.shape[3]
-    if str(x.dtype) not in DTYPES:
-        return f"takes x and factors in one of {DTYPES}; got {x.dtype}"
-    if activation not in (None, *ACTIVATIONS):
-        return f"takes activation None or one of {tuple(ACTIVATIONS)}; got {activation!r}"
-    if rank not in RANKS:
-        return f"takes ranks {RANKS}; got {rank}, see TiledFactors.pad_rank(32)"
-    if not (Tiling.of(size, rank, columns) and Tiling.of(columns, rank, size)):
-        return (
-            f"takes tiles in multiples of 64 that fit in shared memory; got {size} x {columns}"
-            + (f" of rank {rank}")
-        )
-    if not on_hopper():
-        return f"needs an NVIDIA Hopper GPU; the default device is {jax.devices()[0].device_kind}"
-    return None
-
-
-def tsvd_forward(x, u, v, bias, *, activation: str | None, interpret=None):
+def forward(x, u, v, bias, *, activation: str | None, interpret=None, tiling: Tiling | None = None):
     """`activation(x w + bias)` `[M, J*C]`, w given by the factors of its tiles."""
-    tiling = Tiling.of(u.shape[1], u.shape[3], v.shape[3])
+    tiling = tiling or Tiling.of(u, v)
     assert tiling is not None
     rows, apply = x.shape[0], ACTIVATIONS.get(activation or "")
-    x = jnp.pad(x, ((0, -rows % 8), (0, 0)))  # tile copies take whole groups of 8 rows
+    x = jnp.pad(x, ((0, max(-rows % 8, WG_ROWS - rows)), (0, 0)))  # copies take slabs of 8 rows
     operands = (x, u, v) if bias is None else (x, u, v, bias.astype(jnp.float32))
-    (y,) = forward_kernel(x, u, v, bias is not None, apply, tiling, interpret)(*operands)
+    (y,) = _kernel(x, u, v, bias is not None, apply, tiling, interpret)(*operands)
     return y[:rows]
 
 
-def tsvd_backward_x(dy, u, v, *, interpret=None):
-    """The gradient of x, `[M, I*A]`: the same product with the factors of the transposed matrix."""
-    u, v = v.transpose(0, 3, 1, 2), u.transpose(0, 2, 3, 1)
-    return tsvd_forward(dy, u, v, None, activation=None, interpret=interpret)
-
-
-def forward_kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
+def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
     """A function of `(x, u, v, [bias])` that returns `y [M, J*C]`, for arrays of these shapes."""
     (num_in, size, num_out, rank), columns = u.shape, v.shape[3]
     depth, width, stages = tiling.depth, tiling.width, tiling.stages
     chunks, cores = size // depth, TensorCores(interpret is not None)
     pieces, row_tiles = columns // width, -(-x.shape[0] // ROWS)
+    cluster = tiling.cluster
+    wide = num_out * pieces // cluster  # clusters beside each other
+    together: dict[str, Any] = {"collective_axes": "cluster"} if cluster > 1 else {}
 
     def kernel(*refs, x_smem, u_smem, v_smem, y_smem, u_bars, v_bars):
         x_ref, u_ref, v_ref, *rest = refs
         bias_ref = rest.pop(0) if has_bias else None
         (y_ref,) = rest
         ring, v_ring = Ring(u_bars, stages), Ring(v_bars, V_STAGES)
-        item = lax.axis_index("column")
-        j, first_col = item // pieces, lax.rem(item, jnp.int32(pieces)) * width
-        first_row = lax.axis_index("rows") * ROWS
-        wg = lax.axis_index("wg")
+        item, wg = lax.axis_index("item"), lax.axis_index("wg")
+        first_row, column = item // wide * ROWS, lax.rem(item, jnp.int32(wide)) * cluster
+        if cluster > 1:
+            column += lax.axis_index("cluster")
+        j, first_col = column // pieces, lax.rem(column, jnp.int32(pieces)) * width
 
         @pl.when(wg == COMPUTE)
         def copy_tiles():
@@ -130,7 +111,8 @@ def forward_kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpre
                     for half in range(COMPUTE):
                         rows = pl.ds(first_row + half * WG_ROWS, WG_ROWS)
                         part = x_ref.at[rows, pl.ds(i * size + inner, depth)]
-                        plgpu.copy_gmem_to_smem(part, x_smem.at[slot, half], ring.filled.at[slot])
+                        goal = x_smem.at[slot, half]
+                        plgpu.copy_gmem_to_smem(part, goal, ring.filled.at[slot], **together)
                     part = u_ref.at[i, pl.ds(inner, depth), j]
                     plgpu.copy_gmem_to_smem(part, u_smem.at[slot], ring.filled.at[slot])
                 slot = v_ring.slot(i)
@@ -203,31 +185,25 @@ def forward_kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpre
                 row = plgpu.load(bias_ref.at[pl.ds(begin, width)], layout=COL, optimized=False)
                 acc = acc + per_col(row, acc.shape)
             acc = acc if activation is None else activation(acc)
-            y_smem.at[wg][...] = acc.astype(x.dtype)
-            plgpu.commit_smem()
             rows = pl.ds(first_row + wg * WG_ROWS, WG_ROWS)
-            plgpu.copy_smem_to_gmem(y_smem.at[wg], y_ref.at[rows, pl.ds(begin, width)])
+
+            def copy(chunk, at):
+                plgpu.copy_smem_to_gmem(chunk, y_ref.at[rows, pl.ds(begin + at, CHUNK)])
+
+            each_chunk(acc, y_smem.at[wg], x.dtype, copy)
             plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
-        kernel,
-        out_type=(jax.ShapeDtypeStruct((x.shape[0], num_out * columns), x.dtype),),
-        scratch_types={
-            "x_smem": _lined((stages, COMPUTE, WG_ROWS, depth), x.dtype, rank),
-            "u_smem": _lined((stages, depth, rank), x.dtype, rank),
-            "v_smem": _lined((V_STAGES, rank, width), x.dtype, rank if width < 256 else 32),
-            "y_smem": shared((COMPUTE, WG_ROWS, width), x.dtype),
-            "u_bars": Ring.barriers(stages, COMPUTE + 1),
-            "v_bars": Ring.barriers(V_STAGES, 1),
-        },
-        grid=(row_tiles, num_out * pieces),
-        grid_names=("rows", "column"),
-        num_threads=COMPUTE + 1,
-        thread_name="wg",
-        kernel_name="tsvd_matmul",
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
+    return launch(
+        kernel, "tsvd_fused", row_tiles * wide,
+        (jax.ShapeDtypeStruct((x.shape[0], num_out * columns), x.dtype),), interpret,
+        cluster=cluster,
+        x_smem=_lined((stages, COMPUTE, WG_ROWS, depth), x.dtype, rank),
+        u_smem=_lined((stages, depth, rank), x.dtype, rank),
+        v_smem=_lined((V_STAGES, rank, width), x.dtype, rank if width < 256 else 32),
+        y_smem=shared((COMPUTE, CHUNKS, WG_ROWS, CHUNK), x.dtype),
+        u_bars=Ring.barriers(stages, COMPUTE + 1, cluster),
+        v_bars=Ring.barriers(V_STAGES, 1),
+    )  # fmt: skip
 
 
 def _lined(shape, dtype, rank: int):

@@ -1,0 +1,197 @@
+"""A decoder of GPT-2's sizes with factored layers on this machine's GPU: prefill and decoding.
+
+    python benchmarks/tsvd_decoder_gpu.py          # --quick: one compression, the smallest batch
+
+bfloat16, random weights of the right shapes: what is computed is the same. All dense layers of the
+blocks are factored, embeddings and attention are not. Prefill is one pass over `--batch` sequences
+of `--length`, with the logits of the last token alone. Decoding writes tokens one after the other
+inside one program, with a cache of keys and values, for each of `--decode` sequences at a time.
+Bytes are those of the parameters, and what XLA reserves beside them in prefill.
+"""
+
+import argparse
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from gpu import milliseconds
+from resumed import Rows
+from spt_block_gpu import Flash
+from tsvd_gpu import common, tiled
+
+from sparsax import CommonFactors, TiledFactors, pallas
+from sparsax.nn import (
+    DecoderConfig,
+    LanguageModel,
+    TSVDCommonLinear,
+    TSVDLinear,
+    named_modules,
+    replace_modules,
+)
+from sparsax.nn.dense import read_linear
+
+LINEAR = (nnx.Linear, nnx.LinearGeneral)
+SIZES = {"small": (768, 12, 12), "medium": (1024, 16, 24), "large": (1280, 20, 36)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def call(graph, state, x):
+    return nnx.merge(graph, state)(x)
+
+
+class Once(nnx.Module):
+    """A layer that is traced once for all that have its shapes: tracing a kernel takes a while."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x):
+        """The layer's own output."""
+        return call(*nnx.split(self.layer), x)
+
+
+def own_factors(linear, ratio: float, size: int, implementation: str):
+    """A factored layer in the place of a dense one."""
+    kernel, bias, rest = read_linear(linear)
+    factors = TiledFactors(*tiled(size, ratio, *kernel.shape, 0), pad_in=0, pad_out=0)
+    return TSVDLinear(factors, bias, **rest, implementation=implementation)
+
+
+def common_factor(linear, ratio: float, size: int):
+    kernel, bias, rest = read_linear(linear)
+    factors = CommonFactors(*common("right", size, ratio, *kernel.shape, 0), pad=0, side="right")
+    return TSVDCommonLinear(factors, bias, **rest)
+
+
+def ways(args) -> dict:
+    """How a dense layer is replaced, by name."""
+    found = {}
+    for ratio in args.ratios:
+        own = lambda linear, which, ratio=ratio: own_factors(linear, ratio, args.tile, which)
+        found["tsvd xla", ratio] = functools.partial(own, which="xla")
+        if pallas.on_hopper():
+            found["tsvd pallas", ratio] = functools.partial(own, which="pallas")
+        found["common", ratio] = functools.partial(common_factor, ratio=ratio, size=128)
+    return {("dense", 1.0): None} | found
+
+
+def build(args, replace) -> LanguageModel:
+    features, heads, layers = SIZES[args.size]
+    config = DecoderConfig.opt(
+        vocab_size=args.vocabulary, length=max(args.length, args.tokens), features=features,
+        hidden=4 * features, num_heads=heads, layers=args.layers or layers, activation="gelu",
+        dtype=jnp.bfloat16,
+    )  # fmt: skip
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    half = lambda leaf: leaf.astype(jnp.bfloat16)
+    nnx.update(model, jax.tree.map(half, nnx.state(model, nnx.Param)))
+    if replace is not None:
+        linear = {p: m for p, m in named_modules(model).items() if isinstance(m, LINEAR)}
+        replace_modules(model, {p: Once(replace(m)) for p, m in linear.items() if "blocks" in p})
+    for block in model.blocks:
+        block.attention = Flash(block.attention, args.flash)
+    return model
+
+
+def hidden(model, x, attend):
+    """The blocks; `attend(number, block's attention, normalised x)` stands for attention."""
+    for number, block in enumerate(model.blocks):
+        x = x + attend(number, block.attention, block.norm1(x))
+        x = x + block.ffn(block.norm2(x))
+    return model.norm(x)
+
+
+def prefill(model, tokens):
+    """Logits of the last token."""
+    x = model.tokens(tokens) + model.positions(jnp.arange(tokens.shape[1]))
+    x = hidden(model, x, lambda _, attention, x: attention(x))
+    return model.tokens.attend(x[:, -1])
+
+
+def decode(model, tokens, count: int):
+    """`count` greedy tokens after the given ones `[B]`."""
+    config = model.config
+    shape = len(model.blocks), 2, len(tokens), count, config.num_heads, -1
+    head_dim = config.features // config.num_heads
+
+    def step(carry, place):
+        token, cache = carry
+        caches = list(cache)
+
+        def attend(number, attention, x):
+            q, k, v = (project(x) for project in (attention.query, attention.key, attention.value))
+            at = (0, place, 0, 0)
+            keys, values = (
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+                for old, new in zip(caches[number], (k, v), strict=True)
+            )
+            caches[number] = keys, values
+            seen = jnp.full(len(token), place + 1)
+            mixed = jax.nn.dot_product_attention(q, keys, values, key_value_seq_lengths=seen)
+            return attention.out(mixed)
+
+        x = model.tokens(token[:, None]) + model.positions(place[None])
+        x = hidden(model, x, attend)
+        token = model.tokens.attend(x[:, 0]).argmax(-1).astype(token.dtype)
+        return (token, tuple(caches)), token
+
+    empty = jnp.zeros((*shape[2:5], head_dim), jnp.bfloat16)
+    start = tokens, ((empty, empty),) * shape[0]
+    return jax.lax.scan(step, start, jnp.arange(count))[1]
+
+
+def measure(args, way: str, ratio: float, replace) -> dict:
+    """Everything about one way to hold the weights."""
+    model = build(args, replace)
+    graph, state = nnx.split(model)
+    row = {"way": way, "ratio": ratio, "size": args.size, "tile": args.tile}
+    row["parameter_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    tokens = jnp.zeros((args.batch, args.length), jnp.int32)
+    run = jax.jit(lambda state, tokens: prefill(nnx.merge(graph, state), tokens))
+    memory = run.lower(state, tokens).compile().memory_analysis()
+    row["prefill_bytes"] = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    ms = milliseconds(run, state, tokens, calls=1)
+    row |= {"prefill_ms": ms, "prefill_tokens_per_second": tokens.size / ms * 1e3, "decode": {}}
+    write = jax.jit(lambda state, first: decode(nnx.merge(graph, state), first, args.tokens))
+    for batch in args.decode:
+        ms = milliseconds(write, state, jnp.zeros(batch, jnp.int32), calls=1, repeats=3)
+        row["decode"][batch] = batch * args.tokens / ms * 1e3
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="medium")
+    parser.add_argument("--layers", type=int, help="those of the size when not given")
+    parser.add_argument("--vocabulary", type=int, default=50257)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--tile", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--decode", type=int, nargs="+", default=[1, 16], help="sequences")
+    parser.add_argument("--tokens", type=int, default=128, help="that each of them writes")
+    parser.add_argument("--flash", default="cudnn", choices=["cudnn", "xla"])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--name", default="tsvd_decoder_gpu", help="of the result")
+    args = parser.parse_args()
+    if args.quick:
+        args.ratios, args.decode = args.ratios[:1], args.decode[:1]
+    done = Rows(args.name, ("way", "ratio", "size", "tile"), resume=args.resume)
+    for (way, ratio), replace in ways(args).items():
+        if done.has(way=way, ratio=ratio, size=args.size, tile=args.tile):
+            continue
+        begin = time.perf_counter()
+        row = done.add(begin, measure(args, way, ratio, replace))
+        told = "  ".join(f"B={b} {rate:,.0f}" for b, rate in row["decode"].items())
+        print(
+            f"{way:12s} {ratio:.0f}x {row['parameter_bytes'] / 1e6:6.0f} MB  prefill "
+            f"{row['prefill_ms']:8.2f} ms  tokens/s {row['prefill_tokens_per_second']:9,.0f}  "
+            f"decode {told}  {row['took']} s", flush=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Products with tiled factors: two batched matmuls, or one fused kernel."""
+
+import typing
+
+import jax
+
+from sparsax.pallas.activations import ACTIVATIONS
+from sparsax.pallas.support import DTYPES, on_hopper, vary
+from sparsax.pallas.tsvd import fused, products
+
+Schedule = typing.Literal["fused", "products"]
+ALIGNMENT = 64, 16  # what divides tiles and ranks: a chunk's columns, a matrix instruction's depth
+
+
+def tsvd_refusal(x, u, v, activation: str | None) -> str | None:
+    """Why the kernels cannot take these arrays, forward or backward; None if they can."""
+    (_, size, _, rank), columns = u.shape, v.shape[3]
+    if str(x.dtype) not in DTYPES:
+        return f"takes x and factors in one of {DTYPES}; got {x.dtype}"
+    if activation not in (None, *ACTIVATIONS):
+        return f"takes activation None or one of {tuple(ACTIVATIONS)}; got {activation!r}"
+    if size % ALIGNMENT[0] or columns % ALIGNMENT[0]:
+        return f"takes tiles in multiples of {ALIGNMENT[0]}; got {size} x {columns}"
+    if rank % ALIGNMENT[1]:
+        return f"takes ranks in multiples of 16; got {rank}, see TiledFactors.pad_rank(16)"
+    if not on_hopper():
+        return f"needs an NVIDIA Hopper GPU; the default device is {jax.devices()[0].device_kind}"
+    return None
+
+
+def best_schedule(rows: int, u, v) -> Schedule:
+    """Which way to compute `x w` for so many rows.
+
+    In numbers read from the L2 cache for each row, the fused kernel needs D J / 4 (x, copied for
+    clusters of 4) and the two products D J R / 256 + 2 I J R (x, and `x u` there and back): they
+    meet near R = 64. From there on `x u` is also many times as large as x and y, so the fused
+    kernel saves that memory. It is no choice where its width cuts tiles, as it would compute `x u`
+    for each piece, or where rows are so few that its tiles do not fill the GPU.
+    """
+    tiling = fused.Tiling.of(u, v)
+    whole = tiling is not None and tiling.width == v.shape[3]
+    tiles = -(-rows // fused.ROWS) * u.shape[2]
+    return "fused" if whole and u.shape[3] >= 64 and tiles >= 256 else "products"
+
+
+def tsvd_forward(
+    x, u, v, bias, *, activation: str | None, schedule: Schedule | None = None, interpret=None
+):  # fmt: skip
+    """`activation(x w + bias)` `[M, J*C]`, w given by the factors of its tiles."""
+    schedule = schedule or best_schedule(len(x), u, v)
+    run = fused.forward if schedule == "fused" else products.forward
+    y = run(x, u, v, bias, activation=activation, interpret=interpret)
+    return vary(y, (x, u, v, bias))
+
+
+def tsvd_backward(x, u, v, dy, *, interpret=None):
+    """`(dx, du, dv)`; the product `x u` is computed again."""
+    return vary(products.backward(x, u, v, dy, interpret=interpret), (x, u, v, dy))

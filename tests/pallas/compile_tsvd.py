@@ -1,0 +1,46 @@
+"""Compiles the kernels of tiled factors to H200 machine code without a GPU, as ptxas tells it.
+
+    python -m tests.pallas.compile_tsvd M TILE RANK SCHEDULE
+
+Needs jax's CUDA plugin. Forward with bias and GELU, and what the schedule has of the backward pass.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "MOSAIC_GPU_DUMP_PTXAS": "1",
+}
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sparsax import pallas
+
+NUM_IN, NUM_OUT = 4, 16
+
+
+def main(rows: int, size: int, rank: int, schedule: str) -> None:
+    target = (Path(__file__).parent / "h200.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+    def step(x, u, v, bias, dy):
+        y = pallas.tsvd_forward(x, u, v, bias, activation="gelu", schedule=schedule)
+        return y if schedule == "fused" else (y, pallas.tsvd_backward(x, u, v, dy))
+
+    with pallas.lowering():
+        jax.jit(step).trace(
+            of(rows, NUM_IN * size), of(NUM_IN, size, NUM_OUT, rank),
+            of(NUM_OUT, NUM_IN, rank, size), of(NUM_OUT * size), of(rows, NUM_OUT * size),
+        ).lower().compile()  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:4]), sys.argv[4])

@@ -1,0 +1,34 @@
+"""What the assembler makes of the kernels of tiled factors, as in `test_machine_code`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pallas.test_machine_code import SERIALISED, pytestmark  # noqa: F401
+
+KERNELS = {
+    "fused": ["fused"],
+    "products": ["dhidden", "du", "dv", "dx", "hidden", "out"],
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "rank", "schedule"),
+    [(8192, 256, 64, "fused"), (1000, 128, 128, "fused"), (1000, 64, 96, "fused"),
+     (8192, 256, 32, "products"), (1000, 128, 48, "products"), (16, 256, 16, "products")],
+)  # fmt: skip
+def test_products_overlap_and_registers_do_not_spill(rows, size, rank, schedule):
+    module, root = "tests.pallas.compile_tsvd", Path(__file__).parents[2]
+    command = [sys.executable, "-m", module, str(rows), str(size), str(rank), schedule]
+    run = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=300, check=False
+    )
+    said = run.stdout + run.stderr
+    assert run.returncode == 0, said[-2000:]
+    kernels = set(re.findall(r"Function properties for tsvd_(\w+?)_mosaic", said))
+    assert sorted(kernels) == KERNELS[schedule]
+    assert not SERIALISED.search(said)
+    assert set(re.findall(r"(\d+) bytes spill stores", said)) == {"0"}
