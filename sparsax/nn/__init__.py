@@ -20,6 +20,8 @@ from sparsax.nn.ffn import RouterParam as RouterParam
 from sparsax.nn.ffn import RoutingRecord as RoutingRecord
 from sparsax.nn.ffn import TunedParam as TunedParam
 from sparsax.nn.longformer import LongformerSelfAttention as LongformerSelfAttention
+from sparsax.nn.longformer_encoder import Longformer as Longformer
+from sparsax.nn.longformer_encoder import LongformerConfig as LongformerConfig
 from sparsax.nn.lora import LoRALinear as LoRALinear
 from sparsax.nn.rotary import rotate as rotate
 from sparsax.nn.routing import balance_step as balance_step
