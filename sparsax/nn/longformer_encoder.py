@@ -182,7 +182,7 @@ class Longformer(nnx.Module):
             )
         real = tokens != self.padding_id
         positions = jnp.where(real, jnp.cumsum(real, axis=1), 0) + self.padding_id
-        types = jnp.zeros((), int) if types is None else types
+        types = jnp.zeros((1, 1), int) if types is None else types
         x = self.tokens(tokens) + self.positions(positions) + self.types(types)
         states = [self.norm(x)]
         listed = global_positions(global_mask, key_mask, self.max_global)

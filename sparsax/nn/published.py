@@ -69,7 +69,7 @@ def read_model[M: nnx.Module](
     return model
 
 
-def _weight(weights: Mapping[str, ArrayLike], name: str, prefix: str, leaf: str, old) -> Array:
+def _weight(weights: Mapping[str, ArrayLike], name: str, prefix: str, leaf: Any, old) -> Array:
     found = name if name in weights else prefix + name
     if found not in weights:
         raise ValueError(f"the weights must hold {name!r}; it is missing.")
