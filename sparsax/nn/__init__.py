@@ -9,6 +9,7 @@ from sparsax.nn.attention import score_maps as score_maps
 from sparsax.nn.attention import set_patterns as set_patterns
 from sparsax.nn.bert import Bert as Bert
 from sparsax.nn.bert import BertConfig as BertConfig
+from sparsax.nn.bigbird import BigBirdSelfAttention as BigBirdSelfAttention
 from sparsax.nn.decoder import DecoderBlock as DecoderBlock
 from sparsax.nn.decoder import DecoderConfig as DecoderConfig
 from sparsax.nn.decoder import FeedForward as FeedForward
