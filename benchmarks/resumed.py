@@ -1,0 +1,63 @@
+"""Results that a stopped run loses nothing of: what is measured is saved at once."""
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from harness import save
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def read(name: str) -> list[dict]:
+    """The rows of `results/NAME.json`; none without such a file."""
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def need(*packages: str) -> None:
+    """Ends the run at once where one of the packages is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"this needs {', '.join(missing)}: install it, or leave its peers out.")
+
+
+class Results:
+    """The rows of a result by their keys, made of parts: ours, and each peer's.
+
+    Args:
+        name: of the result.
+        resume: whether to go on with what the file has; parts that failed are tried again.
+    """
+
+    def __init__(self, name: str, *, resume: bool):
+        self.name = name
+        self.rows = {row["key"]: row for row in (read(name) if resume else [])}
+
+    def row(self, key: str, **told) -> dict:
+        """The row of that key, a new one with what is told of it."""
+        return self.rows.setdefault(key, {"key": key, **told})
+
+    def lacks(self, key: str, part: str) -> bool:
+        """Whether the part is still to be measured."""
+        found = self.rows.get(key, {}).get(part)
+        return found is None or "error" in found
+
+    def add(self, key: str, part: str, measured: dict) -> None:
+        """Stores a part and saves all."""
+        self.row(key)[part] = measured
+        save(self.name, list(self.rows.values()))
+
+    def measure(self, key: str, part: str, measured: Callable[[], dict]) -> None:
+        """Measures a part that is not there yet. A peer that fails is told of, and ends no run."""
+        if not self.lacks(key, part):
+            return
+        begin = time.perf_counter()
+        try:
+            found = measured()
+        except RuntimeError as error:  # out of memory, or what a compiler cannot do
+            found = {"error": f"{type(error).__name__}: {error}"[:500]}
+            print(f"{key}, {part}: {found['error'][:200]}", flush=True)
+        self.add(key, part, found | {"seconds": time.perf_counter() - begin})
