@@ -35,9 +35,9 @@ def record(name: str) -> dict | None:
 def source(name: str, found: dict) -> str:
     """Where figures come from."""
     versions = dict(found["versions"])
-    for row in found["rows"]:
-        versions |= {"torch": part["torch"] for part in row.values()
-                     if isinstance(part, dict) and "torch" in part}  # fmt: skip
+    for part in (part for row in found["rows"] for part in row.values()):
+        if isinstance(part, dict) and "torch" in part:
+            versions["torch"] = part["torch"]
     told = ", ".join(f"{package} {version}" for package, version in versions.items())
     return (f"`{found['command']}` on one {found['device']}, commit {found['commit']}, {told}: "
             f"`benchmarks/results/{name}.json`.")  # fmt: skip
