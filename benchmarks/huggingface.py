@@ -6,7 +6,7 @@ from gpu import queued_milliseconds
 
 def longformer_attention(
     chosen: np.ndarray, heads: int, features: int, window: int
-) -> dict[str, float]:
+) -> dict[str, float | str]:
     """Milliseconds of forward alone and of forward and backward, projections among them.
 
     bfloat16; gradients are those of the input and of all parameters. Its output projection is
@@ -44,4 +44,7 @@ def longformer_attention(
     wait = torch.cuda.synchronize
     with torch.no_grad():
         alone = queued_milliseconds(lambda: forward(x), wait, calls=5)
-    return {"forward_ms": alone, "both_ms": queued_milliseconds(both, wait, calls=5)}
+    return {
+        "forward_ms": alone, "both_ms": queued_milliseconds(both, wait, calls=5),
+        "torch": torch.__version__,
+    }  # fmt: skip

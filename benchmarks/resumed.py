@@ -6,15 +6,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from harness import save
 
 FOLDER = Path(__file__).parent / "results"
 
 
 def read(name: str) -> list[dict]:
-    """The rows of `results/NAME.json`; none without such a file."""
+    """The rows of `results/NAME.json`, which this device measured; none without such a file."""
     path = FOLDER / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+    if not path.exists():
+        return []
+    record, device = json.loads(path.read_text()), jax.devices()[0].device_kind
+    if record["device"] != device:
+        raise SystemExit(f"{path} is of {record['device']}, this is {device}: give another --name")
+    return record["rows"]
 
 
 def need(*packages: str) -> None:
