@@ -17,6 +17,7 @@ window 256 to either side, so many global tokens, contiguous or scattered. `bigb
 """
 
 import argparse
+import importlib.metadata
 import time
 from functools import partial
 
@@ -126,7 +127,7 @@ def parts(batch: int, heads: int, pattern, args) -> dict:
         "block_mask": lambda: time(block, rounded(pattern)),
         "flex": lambda: dict(zip(
             ("forward_ms", "both_ms"), flex_compound(batch, heads, FEATURES, pattern), strict=True
-        )),
+        )) | {"torch": importlib.metadata.version("torch")},
     }  # fmt: skip
     if pattern.bands:  # Longformer's
         chosen = np.broadcast_to(np.asarray(pattern.is_row()), (batch, length))

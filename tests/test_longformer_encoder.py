@@ -20,7 +20,7 @@ CONFIG = {
     "layer_norm_eps": 1e-5, "pad_token_id": 1,
 }  # fmt: skip
 T = 45
-VECTORS = Path(__file__).parents[1] / "data" / "longformer_parity.safetensors"
+VECTORS = Path(__file__).parent / "data" / "longformer_parity.safetensors"
 
 
 def write(folder, config=CONFIG, weights=None, **changes):
