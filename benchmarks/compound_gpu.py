@@ -1,12 +1,15 @@
 """Compound attention on this machine's GPU against dense cuDNN and block masks, in one run.
 
-    python benchmarks/compound_gpu.py            # --flex: PyTorch's FlexAttention as well
+    python benchmarks/compound_gpu.py --peers dense block_mask huggingface flex
+    python benchmarks/compound_gpu.py --resume --only qds --peers flex     # one more peer of a row
+    python benchmarks/compound_gpu.py --quick --implementation xla --dense xla    # without a GPU
 
 bfloat16, heads of 64 features. Milliseconds are medians over runs of calls inside one jitted loop,
 the positions of global tokens being data. Beside ours: dense attention without a mask; our own
 block-sparse kernel over the blocks of 64 that hold a pair (what a block mask can do at best; the
-first sample's for all); FlexAttention with exactly these pairs. "tiles" and "blocks" are the shares
-of all tiles of 64 x 64 that ours and a block mask compute.
+first sample's for all); FlexAttention with exactly these pairs, autotuned; Hugging Face's
+Longformer self-attention, which projects, too, and stands beside our whole layer. "tiles" and
+"blocks" are the shares of all tiles of 64 x 64 that ours and a block mask compute.
 
 `qds`: queries of 16 tokens and documents of 2048, window 64 to either side, the query and a token
 before every sentence of 22 +- 8 tokens global, another document in every sample. `longformer`:
@@ -14,19 +17,25 @@ window 256 to either side, so many global tokens, contiguous or scattered. `bigb
 """
 
 import argparse
+import importlib.metadata
+import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flex import flex_compound
-from gpu import both, kernels, time_both
-from harness import save
+from gpu import both, kernels, milliseconds, repeated, time_both
+from huggingface import longformer_attention
+from resumed import Results, need
 
 import sparsax
 from sparsax.patterns import compound
 
 FEATURES, BLOCK = 64, 64
+PEERS = ("dense", "block_mask", "flex", "huggingface")
+PACKAGES = {"flex": ("torch",), "huggingface": ("torch", "transformers")}
 
 
 def qds(batch: int, length: int = 2048, query: int = 16):
@@ -47,10 +56,15 @@ def longformer(length: int, count: int, scattered: bool):
     return compound.longformer(length, window=256, positions=positions[None])
 
 
-def cases(lengths: list[int]):
+def cases(args):
     """`(name, batch, heads, pattern)` of every row."""
+    if args.quick:
+        yield "qds", 2, 2, qds(2, 256)
+        yield "longformer 9 scattered", 1, 2, longformer(1024, 9, True)
+        yield "bigbird", 1, 2, compound.bigbird(1024, block=BLOCK)
+        return
     yield "qds", 8, 12, qds(8)
-    for length in lengths:
+    for length in args.lengths:
         batch = max(1, 8192 // length)
         for count, scattered in ((1, False), (32, False), (64, True), (256, True)):
             name = f"longformer {count}{' scattered' if scattered else ''}"
@@ -73,55 +87,102 @@ def rounded(pattern) -> sparsax.BlockPattern:
     return sparsax.BlockPattern.from_block_mask(mask, q_len=length, block_q=BLOCK)
 
 
-def compare(name: str, batch: int, heads: int, pattern, args) -> dict:
-    """Ours and its peers at one pattern."""
+def time_layer(pattern, batch: int, heads: int, implementation: str, calls: int) -> dict:
+    """Milliseconds of our layer with its projections; gradients of input and parameters."""
+    (band,) = pattern.bands
+    layer = sparsax.nn.LongformerSelfAttention(
+        heads, heads * FEATURES, window=band.left, max_global=pattern.rows.shape[-1],
+        implementation=implementation, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    graph, state = nnx.split(layer)
+    shape = batch, pattern.seq_len, heads * FEATURES
+    x, dy = jax.random.normal(jax.random.key(1), (2, *shape), jnp.bfloat16)
+    forward = lambda x, state, pattern: nnx.merge(graph, state).attend(x, pattern)
+
+    def step(x, dy, state, pattern):
+        y, pull = jax.vjp(lambda x, state: forward(x, state, pattern), x, state)
+        return y, pull(dy)
+
+    return {
+        "forward_ms": milliseconds(repeated(forward, calls), x, state, pattern, calls=calls),
+        "both_ms": milliseconds(repeated(step, calls), x, dy, state, pattern, calls=calls),
+    }
+
+
+def parts(batch: int, heads: int, pattern, args) -> dict:
+    """What measures ours and its peers at one pattern, by name."""
     length = pattern.seq_len
     arrays = jax.random.normal(jax.random.key(0), (4, batch, length, heads, FEATURES), jnp.bfloat16)
-    calls = max(2, min(50, 2**18 // (batch * length)))
-    time = lambda attend, *rest: time_both(attend, arrays, *rest, calls=calls)
-    ours = partial(sparsax.compound_attention, implementation="pallas")
-    plan, blocks = sparsax.slice_plan(pattern, head_dim=FEATURES), rounded(pattern)
-    row = {
-        "name": name, "length": length, "batch": batch, "heads": heads,
-        "tiles": plan.tiles / plan.dense_tiles,
-        "blocks": plan.block_mask_tiles / plan.dense_tiles,
-        **time_both(ours, arrays, pattern, calls=calls, count_bytes=True),
-        "dense": time(partial(jax.nn.dot_product_attention, implementation="cudnn")),
-        "block_mask": time(
-            partial(sparsax.block_sparse_attention, implementation="pallas"), blocks
-        ),
-        "kernels_ms": kernels(jax.jit(both(ours)), *arrays, pattern),
+    calls = 2 if args.quick else max(2, min(50, 2**18 // (batch * length)))
+    time = lambda attend, *rest, **more: time_both(attend, arrays, *rest, calls=calls, **more)
+    ours = partial(sparsax.compound_attention, implementation=args.implementation)
+    block = partial(sparsax.block_sparse_attention, implementation=args.implementation)
+    dense = partial(jax.nn.dot_product_attention, implementation=args.dense)
+    found = {
+        "ours": lambda: time(ours, pattern, count_bytes=True),
+        "kernels_ms": lambda: kernels(jax.jit(both(ours)), *arrays, pattern),
+        "dense": lambda: time(dense, count_bytes=True),
+        "block_mask": lambda: time(block, rounded(pattern)),
+        "flex": lambda: dict(zip(
+            ("forward_ms", "both_ms"), flex_compound(batch, heads, FEATURES, pattern), strict=True
+        )) | {"torch": importlib.metadata.version("torch")},
     }  # fmt: skip
-    if args.flex:
-        found = flex_compound(batch, heads, FEATURES, pattern)
-        row["flex"] = dict(zip(("forward_ms", "both_ms"), found, strict=True))
-    return row
+    if pattern.bands:  # Longformer's
+        chosen = np.broadcast_to(np.asarray(pattern.is_row()), (batch, length))
+        found["layer"] = lambda: time_layer(pattern, batch, heads, args.implementation, calls)
+        found["huggingface"] = lambda: longformer_attention(
+            chosen, heads, FEATURES, pattern.bands[0].left
+        )
+    return found
 
 
-def show(row: dict) -> None:
+def ratio(row: dict, peer: str, kind: str) -> float:
+    """How many times as long as ours the peer takes; NaN where one is missing."""
+    mine = "layer" if peer == "huggingface" else "ours"
+    get = lambda part: row.get(part, {}).get(kind, float("nan"))
+    return get(peer) / get(mine)
+
+
+def show(row: dict, seconds: float) -> None:
     line = f"{row['name']:24s} {row['length']:6d} {row['tiles']:6.3f} {row['blocks']:6.3f}"
-    for which in ("forward_ms", "both_ms"):
-        peers = [row[x][which] / row[which] for x in ("dense", "block_mask", "flex") if x in row]
-        line += f" | {row[which]:8.3f} {' '.join(f'{x:6.2f}' for x in peers)}"
-    print(line, flush=True)
+    for kind in ("forward_ms", "both_ms"):
+        line += f" | {row['ours'].get(kind, float('nan')):8.3f}"
+        line += "".join(f" {ratio(row, peer, kind):6.2f}" for peer in PEERS)
+    print(f"{line} | {seconds:4.0f} s", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 16384])
     parser.add_argument("--only", default="", help="rows whose name holds this")
-    parser.add_argument("--flex", action="store_true", help="also PyTorch's FlexAttention")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["dense", "block_mask"])
+    parser.add_argument("--implementation", default="pallas", choices=["pallas", "xla"])
+    parser.add_argument("--dense", default="cudnn", choices=["cudnn", "xla"])
+    parser.add_argument("--quick", action="store_true", help="small rows, to see that it runs")
+    parser.add_argument("--resume", action="store_true", help="keep what the result has")
     parser.add_argument("--name", default="compound_gpu", help="of the result")
     args = parser.parse_args()
-    print(
-        "pattern, length, tiles, blocks | forward ms, x dense, x blocks (, x flex) | and backward"
-    )
-    rows = []
-    for name, *case in cases(args.lengths):
-        if args.only in name:
-            rows.append(compare(name, *case, args))
-            show(rows[-1])
-            save(args.name, rows)  # what there is, should the run be stopped
+    need(*{name for peer in args.peers for name in PACKAGES.get(peer, ())})
+    results = Results(args.name, resume=args.resume)
+    print(f"pattern, length, tiles, blocks | forward ms, x {', x '.join(PEERS)} | and backward")
+    for name, batch, heads, pattern in cases(args):
+        if args.only not in name:
+            continue
+        begin, plan = time.perf_counter(), sparsax.slice_plan(pattern, head_dim=FEATURES)
+        key = f"{name}, {pattern.seq_len}"
+        row = results.row(
+            key, name=name, length=pattern.seq_len, batch=batch, heads=heads,
+            tiles=plan.tiles / plan.dense_tiles,
+            blocks=plan.block_mask_tiles / plan.dense_tiles,
+        )  # fmt: skip
+        for part, measured in parts(batch, heads, pattern, args).items():
+            with_it = "huggingface" if part == "layer" else part
+            if with_it not in PEERS or with_it in args.peers:
+                results.measure(key, part, measured)
+        show(row, time.perf_counter() - begin)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,73 @@
-"""Rows of a result that a stopped run has left, so that the next one goes on where it ended."""
+"""Results that a stopped run loses nothing of: what is measured is saved at once."""
 
+import importlib.util
 import json
 import time
+from collections.abc import Callable
 
+import jax
 from harness import RESULTS, save
 
 
+def read(name: str) -> list[dict]:
+    """The rows of `results/NAME.json`, which this device measured; none without such a file."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return []
+    record, device = json.loads(path.read_text()), jax.devices()[0].device_kind
+    if record["device"] != device:
+        raise SystemExit(f"{path} is of {record['device']}, this is {device}: give another --name")
+    return record["rows"]
+
+
+def need(*packages: str) -> None:
+    """Ends the run at once where one of the packages is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"this needs {', '.join(missing)}: install it, or leave its peers out.")
+
+
+class Results:
+    """The rows of a result by their keys, made of parts: ours, and each peer's.
+
+    Args:
+        name: of the result.
+        resume: whether to go on with what the file has; parts that failed are tried again.
+    """
+
+    def __init__(self, name: str, *, resume: bool):
+        self.name = name
+        self.rows = {row["key"]: row for row in (read(name) if resume else [])}
+
+    def row(self, key: str, **told) -> dict:
+        """The row of that key, a new one with what is told of it."""
+        return self.rows.setdefault(key, {"key": key, **told})
+
+    def lacks(self, key: str, part: str) -> bool:
+        """Whether the part is still to be measured."""
+        found = self.rows.get(key, {}).get(part)
+        return found is None or "error" in found
+
+    def add(self, key: str, part: str, measured: dict) -> None:
+        """Stores a part and saves all."""
+        self.row(key)[part] = measured
+        save(self.name, list(self.rows.values()))
+
+    def measure(self, key: str, part: str, measured: Callable[[], dict]) -> None:
+        """Measures a part that is not there yet. A peer that fails is told of, and ends no run."""
+        if not self.lacks(key, part):
+            return
+        begin = time.perf_counter()
+        try:
+            found = measured()
+        except RuntimeError as error:  # out of memory, or what a compiler cannot do
+            found = {"error": f"{type(error).__name__}: {error}"[:500]}
+            print(f"{key}, {part}: {found['error'][:200]}", flush=True)
+        self.add(key, part, found | {"seconds": time.perf_counter() - begin})
+
+
 class Rows:
-    """Rows by key; every new one is saved at once.
+    """Rows told apart by some of their fields; every new one is saved at once.
 
     Args:
         name: of the result.
@@ -17,8 +77,7 @@ class Rows:
 
     def __init__(self, name: str, key: tuple[str, ...], *, resume: bool):
         self.name, self.key = name, key
-        path = RESULTS / f"{name}.json"
-        self.rows = json.loads(path.read_text())["rows"] if resume and path.exists() else []
+        self.rows = read(name) if resume else []
 
     def has(self, **fields) -> bool:
         """Whether there is a row with these values of the key's fields."""

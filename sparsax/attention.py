@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsax import checks, pallas, reference, xla
+from sparsax.compound import CompoundPattern
 from sparsax.layouts import BlockPattern
 from sparsax.typing import Implementation, Key, LogSumExp, Pruned, Query, Value, Window, is_concrete
 
@@ -202,11 +203,18 @@ def score_map(
     )
 
 
-def default_implementation(q: Query, pattern: BlockPattern) -> Implementation:
+def default_implementation(q: Query, pattern: BlockPattern | CompoundPattern) -> Implementation:
     """The implementation that `implementation=None` runs for these queries and this pattern.
 
-    "pallas" on a Hopper GPU for the dtypes, head features and blocks that its kernels cover, else
-    "xla". It follows from shapes and from the machine alone, never from values.
+    "pallas" on a Hopper GPU for the dtypes, head features, blocks and parts that its kernels cover,
+    else "xla". It follows from shapes and from the machine alone, never from values.
+
+    Args:
+        q: queries `[B, T, N, H]`.
+        pattern: of `block_sparse_attention`, or of `compound_attention`.
+
+    Raises:
+        ValueError: it is neither.
 
     Example:
         >>> import jax.numpy as jnp
@@ -215,7 +223,15 @@ def default_implementation(q: Query, pattern: BlockPattern) -> Implementation:
         >>> sparsax.default_implementation(q, sparsax.patterns.causal(256, block=64))
         'xla'
     """
-    refused = pallas.refusal(q, pattern.block_q, pattern.block_kv)
+    if isinstance(pattern, CompoundPattern):
+        refused = pallas.compound.refusal(q, pattern)
+    elif isinstance(pattern, BlockPattern):
+        refused = pallas.refusal(q, pattern.block_q, pattern.block_kv)
+    else:
+        raise ValueError(
+            "pattern must be a sparsax.BlockPattern or a sparsax.CompoundPattern; "
+            f"got {type(pattern).__name__}."
+        )
     return "pallas" if refused is None else "xla"
 
 

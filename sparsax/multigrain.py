@@ -1,6 +1,7 @@
 """Attention over compound patterns: what the arguments must be, which implementation runs."""
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable
 
@@ -43,8 +44,8 @@ def compound_attention(
         v_global: values of the same.
         scale: factor of the logits; `1 / sqrt(H)` when None.
         implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs:
-            bands of dilation 1, columns, rows and blocks), or None for "pallas" where it covers
-            q and the pattern, else "xla". A name runs or raises: nothing falls back.
+            bands of dilation 1, columns, rows and blocks), or None for what
+            `default_implementation` names. A name runs or raises: nothing falls back.
 
     Returns:
         `o [B, T, N, H]` in q's dtype. A query that keeps no key, or is padding, has o = 0 and zero
@@ -113,6 +114,7 @@ class _Call:
         return {"scale": self.scale, **interpret}
 
 
+@functools.partial(jax.jit, static_argnums=0)  # equal layers share what is traced and lowered
 def _sparse(call: _Call, q, k, v, q_global, k_global, v_global, pattern):
     others = jax.tree.leaves(pattern)
     q, k, v = xla.vary_alike((q, k, v), *others)

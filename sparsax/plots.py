@@ -129,5 +129,5 @@ def slice_figure(pattern: CompoundPattern, *, sample: int = 0, head: int = 0) ->
     axis.set(xlabel="key", ylabel="query")
     shares = [f"{name} {(owner == i).mean():.3f}" for i, name in enumerate(masks, start=1)]
     handles = [Patch(color=color) for color in colors[1:]]
-    axis.legend(handles, shares, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    figure.legend(handles, shares, loc="outside right upper", fontsize=8)
     return figure

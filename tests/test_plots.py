@@ -61,7 +61,7 @@ def test_every_pair_of_a_compound_pattern_has_the_colour_of_its_part(tmp_path):
     figure = slice_figure(pattern, sample=1)
     shown = np.asarray(figure.axes[0].images[0].get_array())
     np.testing.assert_array_equal(shown > 0, pattern.to_mask()[1, 0])
-    names = [text.get_text().split()[0] for text in figure.axes[0].get_legend().get_texts()]
+    names = [text.get_text().split()[0] for text in figure.legends[0].get_texts()]
     assert names == ["rows", "bands", "columns"]
     assert [shown[40, 60], shown[41, 43], shown[41, 40], shown[9, 40]] == [1, 2, 2, 3]
     figure.savefig(tmp_path / "figure.png", dpi=40)

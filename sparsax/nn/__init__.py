@@ -9,6 +9,7 @@ from sparsax.nn.attention import score_maps as score_maps
 from sparsax.nn.attention import set_patterns as set_patterns
 from sparsax.nn.bert import Bert as Bert
 from sparsax.nn.bert import BertConfig as BertConfig
+from sparsax.nn.bigbird import BigBirdSelfAttention as BigBirdSelfAttention
 from sparsax.nn.cache import KVCache as KVCache
 from sparsax.nn.cache import attend_cached as attend_cached
 from sparsax.nn.decoder import DecoderBlock as DecoderBlock
@@ -22,6 +23,8 @@ from sparsax.nn.ffn import RouterParam as RouterParam
 from sparsax.nn.ffn import RoutingRecord as RoutingRecord
 from sparsax.nn.ffn import TunedParam as TunedParam
 from sparsax.nn.longformer import LongformerSelfAttention as LongformerSelfAttention
+from sparsax.nn.longformer_encoder import Longformer as Longformer
+from sparsax.nn.longformer_encoder import LongformerConfig as LongformerConfig
 from sparsax.nn.lora import LoRALinear as LoRALinear
 from sparsax.nn.rotary import rotate as rotate
 from sparsax.nn.routing import balance_step as balance_step

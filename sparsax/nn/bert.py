@@ -1,17 +1,14 @@
 """BERT's encoder, which reads the weights of published models."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsax.typing import ArrayLike
+from sparsax.nn.published import read_config, read_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,21 +113,10 @@ class Bert(nnx.Module):
             FileNotFoundError: one of the files is missing.
             ValueError: it is no BERT of the kind that this module computes, or weights are missing.
         """
-        from safetensors.numpy import load_file
-
-        fields = json.loads((Path(folder) / "config.json").read_text())
         kind = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-        if odd := {k: fields[k] for k, value in kind.items() if fields.get(k, value) != value}:
-            raise ValueError(f"config.json must describe {kind}; got {odd}.")
-        names = [field.name for field in dataclasses.fields(BertConfig)]
-        config = BertConfig(**{name: fields[name] for name in names if name in fields})
-        # Abstract until the weights are there: no random numbers for what is read anyway.
-        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
-        state = nnx.to_flat_state(nnx.state(model))
-        weights = load_file(Path(folder) / "model.safetensors")
-        read = [(path, old.replace(_weight(weights, path, old.shape))) for path, old in state]
-        nnx.update(model, nnx.from_flat_state(read))
-        return model
+        config = read_config(folder, BertConfig, kind)
+        make = lambda: cls(config, rngs=nnx.Rngs(0))
+        return read_model(folder, make, _name_of, prefix="bert.")
 
 
 # Where a module's weights stand in a published model.
@@ -150,15 +136,7 @@ _PREFIXES = {
 }
 
 
-def _weight(weights: Mapping[str, ArrayLike], path: tuple, shape: tuple[int, ...]) -> Array:
+def _name_of(path: tuple) -> str:
     *layer, module, leaf = path
     prefix = f"encoder.layer.{layer[1]}." if layer else ""
-    name = f"{prefix}{_PREFIXES[module]}.{'bias' if leaf == 'bias' else 'weight'}"
-    name = name if name in weights else f"bert.{name}"
-    if name not in weights:
-        raise ValueError(f"the weights must hold {name.removeprefix('bert.')!r}; it is missing.")
-    weight = weights[name]
-    weight = weight.T if leaf == "kernel" else weight  # PyTorch stores [F, D]
-    if weight.shape != shape:
-        raise ValueError(f"{name!r} must be {shape} by config.json; got {tuple(weight.shape)}.")
-    return jnp.asarray(weight, jnp.float32)
+    return f"{prefix}{_PREFIXES[module]}.{'bias' if leaf == 'bias' else 'weight'}"

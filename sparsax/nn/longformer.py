@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsax import compound
+from sparsax.compound import CompoundPattern
 from sparsax.multigrain import compound_attention
 from sparsax.patterns.compound import longformer
 from sparsax.typing import Implementation
@@ -30,6 +32,7 @@ class LongformerSelfAttention(nnx.Module):
         causal: whether a token sees only itself and what came before.
         implementation: which implementation runs, see `sparsax.compound_attention`.
         dtype: of the computation; the input's when None.
+        param_dtype: of the parameters.
         rngs: stream of the initial parameters.
 
     Raises:
@@ -61,6 +64,7 @@ class LongformerSelfAttention(nnx.Module):
         causal: bool = False,
         implementation: Implementation | None = None,
         dtype: Any = None,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if num_heads < 1 or in_features % num_heads:
@@ -73,10 +77,11 @@ class LongformerSelfAttention(nnx.Module):
                 f"got {window}, {max_global} and {dilation}."
             )
         features = num_heads, in_features // num_heads
-        linear = lambda: nnx.LinearGeneral(in_features, features, dtype=dtype, rngs=rngs)
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        linear = lambda: nnx.LinearGeneral(in_features, features, **options)
         self.query, self.key, self.value = linear(), linear(), linear()
         self.query_global, self.key_global, self.value_global = linear(), linear(), linear()
-        self.out = nnx.LinearGeneral(features, in_features, axis=(-2, -1), dtype=dtype, rngs=rngs)
+        self.out = nnx.LinearGeneral(features, in_features, axis=(-2, -1), **options)
         self.window, self.max_global = window, max_global
         self.dilation, self.causal = dilation, causal
         self.implementation: Implementation | None = implementation
@@ -96,16 +101,27 @@ class LongformerSelfAttention(nnx.Module):
                 sample raise a ValueError, and under jit make the sample NaN.
             key_mask: False where a token is padding.
         """
-        positions, counts = None, None
-        if global_mask is not None and self.max_global:
-            capacity = min(self.max_global, x.shape[1])
-            positions, counts = compound.positions(global_mask, capacity)
-        pattern = longformer(
-            x.shape[1], window=self.window, positions=positions, counts=counts,
+        listed = global_positions(global_mask, key_mask, self.max_global)
+        return self.attend(x, self.pattern(x.shape[1], *listed, key_mask=key_mask))
+
+    def pattern(
+        self,
+        seq_len: int,
+        positions: Int[Array, "B G"] | None = None,
+        counts: Int[Array, " B"] | None = None,
+        *,
+        key_mask: Bool[Array, "B T"] | None = None,
+    ) -> CompoundPattern:
+        """The layer's pairs, for `attend`, where several layers share the global tokens."""
+        return longformer(
+            seq_len, window=self.window, positions=positions, counts=counts,
             dilation=self.dilation, causal=self.causal, token_mask=key_mask,
         )  # fmt: skip
+
+    def attend(self, x: Float[Array, "B T D"], pattern: CompoundPattern) -> Float[Array, "B T D"]:
+        """Attends within `x` over a pattern that `pattern` made."""
         own: dict[str, Any] = {}
-        if positions is not None:
+        if pattern.rows.shape[-1]:
             own = {
                 "q_global": self.query_global(pattern.take_rows(x)),
                 "k_global": self.key_global(x),
@@ -116,3 +132,18 @@ class LongformerSelfAttention(nnx.Module):
             implementation=self.implementation,
         )  # fmt: skip
         return self.out(o)
+
+
+def global_positions(
+    global_mask: Bool[Array, "B T"] | None, key_mask: Bool[Array, "B T"] | None, max_global: int
+) -> tuple[Int[Array, "B G"], Int[Array, " B"]] | tuple[None, None]:
+    """Positions and counts of the global tokens that are no padding; `(None, None)` for none.
+
+    Raises:
+        ValueError: a sample has more than `max_global`. Under jit its count is above the capacity,
+            which patterns mark.
+    """
+    if global_mask is None or not max_global:
+        return None, None
+    chosen = global_mask if key_mask is None else global_mask & key_mask
+    return compound.positions(chosen, min(max_global, chosen.shape[-1]))

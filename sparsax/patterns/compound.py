@@ -5,6 +5,7 @@ All windows are one-sided: `window=w` is w keys before the query and, unless cau
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
@@ -136,7 +137,7 @@ def bigbird(
     *,
     block: int = 64,
     window_blocks: int = 3,
-    global_blocks: int = 2,
+    global_blocks: int | tuple[int, int] = 2,
     random_blocks: int = 3,
     heads: int = 1,
     seed: int = 0,
@@ -148,17 +149,21 @@ def bigbird(
 
     Source: Zaheer et al., "Big Bird: Transformers for Longer Sequences" (NeurIPS 2020), section 2.
     """
-    whole = static.bigbird(
-        seq_len, block=block, window_blocks=window_blocks, global_blocks=global_blocks,
-        random_blocks=random_blocks, heads=heads, seed=seed,
-    )  # fmt: skip
-    mask = np.array(whole.to_block_mask())
-    mask[:, :global_blocks] = False
-    longest = [max(1, int(mask.sum(axis).max())) for axis in (-1, -2)]
-    blocks = BlockPattern.from_block_mask(
-        mask, q_len=seq_len, block_q=block, kv_width=longest[0], q_width=longest[1]
-    )
-    rows = np.arange(min(global_blocks * block, seq_len))[None]
+    first, last = (global_blocks, 0) if isinstance(global_blocks, int) else global_blocks
+    with jax.ensure_compile_time_eval():  # what is static is drawn while jit traces
+        whole = static.bigbird(
+            seq_len, block=block, window_blocks=window_blocks, global_blocks=global_blocks,
+            random_blocks=random_blocks, heads=heads, seed=seed,
+        )  # fmt: skip
+        mask = np.array(whole.to_block_mask())
+        tail = max(0, whole.num_q_blocks - last)  # the first of the blocks at the end
+        mask[:, :first], mask[:, tail:] = False, False
+        longest = [max(1, int(mask.sum(axis).max())) for axis in (-1, -2)]
+        blocks = BlockPattern.from_block_mask(
+            mask, q_len=seq_len, block_q=block, kv_width=longest[0], q_width=longest[1]
+        )
+    tokens = np.arange(seq_len)
+    rows = tokens[(tokens < first * block) | (tokens >= tail * block)][None]
     return CompoundPattern.from_parts(seq_len, blocks=blocks, rows=rows, token_mask=token_mask)
 
 

@@ -159,7 +159,7 @@ def bigbird(
     kv_len: int | None = None,
     *,
     window_blocks: int = 3,
-    global_blocks: int = 2,
+    global_blocks: int | tuple[int, int] = 2,
     random_blocks: int = 3,
     heads: int = 1,
     seed: int = 0,
@@ -171,7 +171,8 @@ def bigbird(
         q_len: number of queries.
         kv_len: number of keys; `q_len` when None.
         window_blocks: blocks of the window centred on the diagonal, an odd number.
-        global_blocks: blocks at the start that see, and are seen by, all.
+        global_blocks: blocks at the start that see, and are seen by, all; or the pair of how many
+            at the start and how many at the end.
         random_blocks: further blocks of every row, drawn among the others.
         heads: pattern heads P, each with its own random blocks.
         seed: of the draw.
@@ -180,14 +181,16 @@ def bigbird(
     Source: Zaheer et al., "Big Bird: Transformers for Longer Sequences" (NeurIPS 2020), section 2.
     """
     grid = _Grid(q_len, kv_len, block)
-    if window_blocks < 1 or window_blocks % 2 == 0 or global_blocks < 0 or random_blocks < 0:
+    first, last = (global_blocks, 0) if isinstance(global_blocks, int) else global_blocks
+    if window_blocks < 1 or window_blocks % 2 == 0 or min(first, last, random_blocks) < 0:
         raise ValueError(
             "window_blocks must be odd and positive, global_blocks and random_blocks at least 0; "
             f"got {window_blocks}, {global_blocks}, {random_blocks}."
         )
     rows, cols = np.arange(grid.num_q)[:, None], np.arange(grid.num_kv)
     mask = abs(cols - rows) <= window_blocks // 2
-    mask |= (rows < global_blocks) | (cols < global_blocks)
+    mask |= (rows < first) | (cols < first)
+    mask |= (rows >= grid.num_q - last) | (cols >= grid.num_kv - last)
     pattern = grid.pattern(np.broadcast_to(mask, (heads, *mask.shape)))
     if random_blocks == 0:
         return pattern

@@ -37,9 +37,9 @@ def blocks_and_columns(c):
     return CompoundPattern.from_parts(c.T, blocks=blocks, columns=POSITIONS, num_columns=COUNTS)
 
 
-def bigbird(heads, kept=None, block=64):
+def bigbird(heads, kept=None, block=64, ends=2):
     return lambda c: compound.bigbird(
-        c.T, block=block, random_blocks=1, heads=heads,
+        c.T, block=block, random_blocks=1, heads=heads, global_blocks=ends,
         token_mask=None if kept is None else lengths(c, *kept),
     )  # fmt: skip
 
@@ -106,6 +106,7 @@ CASES = tuple(
         Case(name="bigbird", T=512, H=64, make=bigbird(1)),
         Case(name="bigbird_per_head", T=700, H=64, N=4, K=2, make=bigbird(4, (700, 450))),
         Case(name="bigbird_128", T=700, H=128, make=bigbird(1, (700, 450), 128)),
+        Case(name="bigbird_both_ends", T=700, H=64, make=bigbird(2, (700, 450), ends=(1, 1))),
         Case(name="blocks_and_columns", T=331, H=64, make=blocks_and_columns),
         Case(name="everything", T=331, H=64, own=True,
              make=lambda c: everything(c, 1, 64, 64, True)),

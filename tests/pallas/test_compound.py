@@ -77,6 +77,15 @@ def test_kernels_match_the_reference_and_repeat_their_bits(c):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
+@pytest.fixture
+def fresh():
+    """No call that was traced with the constants as they are stands for one with others."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("name", ["chunks_padded", "chunks_causal"])
 def test_chunks_of_global_rows_are_joined_interpreted(name, monkeypatch):
     monkeypatch.setattr(rows, "SHORTEST", 64)  # so that 384 keys make four chunks of 96
@@ -84,6 +93,7 @@ def test_chunks_of_global_rows_are_joined_interpreted(name, monkeypatch):
         check(case(name))
 
 
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.slow
 def test_split_rows_of_packed_keys_add_up_interpreted(monkeypatch):
     # On a GPU this small the rows of packed keys are long in every sample: they are cut.

@@ -59,6 +59,23 @@ def test_bigbird_is_the_block_pattern_with_its_global_rows_apart(seq_len, heads)
     assert pattern.blocks.kv_indices.shape[-1] <= 3 + 2 + 3
 
 
+@pytest.mark.parametrize("seq_len", [512, 500])
+def test_bigbird_with_global_blocks_at_both_ends(seq_len):
+    options = {"block": 32, "global_blocks": (1, 2), "heads": 2, "seed": 3}
+    pattern = compound.bigbird(seq_len, **options)
+    whole = patterns.bigbird(seq_len, **options)
+    np.testing.assert_array_equal(pattern.to_mask()[0], whole.to_mask())
+    i = np.arange(16)
+    ends = (i < 1) | (i >= 14)
+    fixed = (abs(i - i[:, None]) <= 1) | ends | ends[:, None]
+    mask = np.asarray(whole.to_block_mask())
+    assert mask[:, fixed].all()
+    np.testing.assert_array_equal((mask & ~fixed).sum(-1), np.broadcast_to(3 * ~ends, (2, 16)))
+    tokens = np.arange(seq_len)
+    np.testing.assert_array_equal(pattern.is_row()[0], (tokens < 32) | (tokens >= 14 * 32))
+    assert pattern.blocks.kv_indices.shape[-1] <= 3 + 3 + 3
+
+
 def test_vertical_slash():
     pattern = compound.vertical_slash(
         T, columns=np.array([[0, 12]]), offsets=[5, 0, 16, 1], causal=False

@@ -1,0 +1,67 @@
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsax import (
+    Band,
+    CompoundPattern,
+    block_sparse_attention,
+    compound_attention,
+    default_implementation,
+    pallas,
+    patterns,
+)
+from sparsax.patterns import compound
+
+T = 128
+LONGFORMER = compound.longformer(T, window=8, positions=np.array([[3, 70]]))
+ELEMENTS = CompoundPattern.from_parts(T, elements=compound.random_elements(T, keys_per_query=2))
+# What each of them is on a Hopper GPU; elsewhere all are "xla".
+CASES = {
+    "blocks": (patterns.causal(T, block=64), {}, "pallas"),
+    "blocks_of_16": (patterns.causal(T, block=16), {}, "xla"),
+    "blocks_float32": (patterns.causal(T, block=64), {"dtype": "float32"}, "xla"),
+    "longformer": (LONGFORMER, {}, "pallas"),
+    "longformer_float32": (LONGFORMER, {"dtype": "float32"}, "xla"),
+    "longformer_40_features": (LONGFORMER, {"features": 40}, "xla"),
+    "bigbird": (compound.bigbird(T, block=32), {}, "pallas"),
+    "bigbird_of_16": (compound.bigbird(T, block=16), {}, "xla"),
+    "elements": (ELEMENTS, {}, "xla"),
+    "dilated": (CompoundPattern.from_parts(T, bands=[Band(4, 4, 2)]), {}, "xla"),
+}
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_it_names_what_none_runs(name, hopper):
+    pattern, options, on_hopper = CASES[name]
+    options = {"dtype": "bfloat16", "features": 64} | options
+    q = jnp.zeros((1, T, 2, options["features"]), options["dtype"])
+    is_compound = isinstance(pattern, CompoundPattern)
+    attend = compound_attention if is_compound else block_sparse_attention
+    with pallas.lowering() if hopper else contextlib.nullcontext():
+        assert default_implementation(q, pattern) == (on_hopper if hopper else "xla")
+        run = lambda q, pattern, name: attend(q, q, q, pattern, implementation=name)
+        programs = {
+            name: str(jax.make_jaxpr(run, static_argnums=2)(q, pattern, name))
+            for name in (None, default_implementation(q, pattern))
+        }
+    assert programs[None] == programs[on_hopper if hopper else "xla"]
+    assert ("kernel_name" in programs[None]) == (hopper and on_hopper == "pallas")
+
+
+def test_it_follows_from_shapes_under_jit():
+    def run(q, pattern):
+        assert default_implementation(q, pattern) == "xla"
+        return q
+
+    jax.jit(run)(jnp.zeros((1, T, 2, 64), jnp.bfloat16), LONGFORMER)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_it_refuses_what_is_no_pattern():
+    with pytest.raises(ValueError, match=r"BlockPattern or a sparsax.CompoundPattern; got ndarray"):
+        default_implementation(jnp.zeros((1, T, 2, 64)), np.ones((T, T)))
