@@ -168,7 +168,7 @@ def score_map(
             is held then.
         implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs;
             bfloat16 or float16, head features 32, 64, 96, 128 or 256, `pool` a multiple of 8), or
-            None for "xla". A name runs or raises.
+            None for "pallas" where it can and "xla" elsewhere. A name runs or raises.
 
     Returns:
         The map, float32 `[1, T, S]`, or `[N, T, S]` per head; with `pool` its blocks' means,
@@ -187,10 +187,10 @@ def score_map(
     """
     checks.attention_inputs(q, k, k)
     checks.pool(pool)
-    # Not the kernels, as long as no GPU has seen all their cases pass.
-    chosen = checks.implementation(implementation, "xla")
+    refused = pallas.score_map_refusal(q, pool)
+    chosen = checks.implementation(implementation, "xla" if refused else "pallas")
     if chosen == "pallas":
-        checks.kernel_runs(pallas.score_map_refusal(q, pool))
+        checks.kernel_runs(refused)
     q_ids, kv_ids = _segments(q, k, segment_ids, key_mask)
     if key_mask is not None and q_ids is not None and q.shape[1] == k.shape[1]:
         q_ids = jnp.where(key_mask, q_ids, -2)  # matches nothing: the row of a padded query is 0

@@ -207,8 +207,10 @@ def test_what_the_kernels_cannot_do_is_refused_and_left_to_xla(change, message):
     assert "mosaic_gpu" not in text
 
 
-@pytest.mark.parametrize(("implementation", "kernels"), [("pallas", True), (None, False)])
-def test_the_kernels_run_where_they_are_named(implementation, kernels):
+@pytest.mark.parametrize(
+    ("implementation", "kernels"), [("pallas", True), (None, True), ("xla", False)]
+)
+def test_the_kernels_run_where_they_are_named_and_by_default(implementation, kernels):
     q, k, _ = Case(name="").inputs()
     run = lambda q, k: score_map(q, k, implementation=implementation)
     with pallas.lowering():
