@@ -22,13 +22,13 @@ pytestmark = [
 # Bytes that the kernels of (head dim, masked) may spill, 0 where nothing is said. The masked loop
 # of a kernel spills around the arithmetic of the mask; 256 features do not fit in the registers.
 SPILLS = {
-    (32, True): {"dq": 132, "dkv": 8},
+    (32, True): {"dq": 116, "dkv": 8},
     (64, False): {"dkv": 52},
-    (64, True): {"dq": 232, "dkv": 312},
+    (64, True): {"dq": 252},
     (96, True): {"dkv": 4},
-    (128, True): {"forward": 36, "dq": 16, "dkv": 96},
+    (128, True): {"forward": 16, "dq": 8, "dkv": 56},
     (256, False): {"dq": 64, "dkv": 276},
-    (256, True): {"forward": 16, "dq": 192, "dkv": 704},
+    (256, True): {"forward": 20, "dq": 192, "dkv": 704},
 }
 SERIALISED = re.compile(r"C75(10|11|12|13|14)\b.*")
 SPILL = re.compile(r"in function 'block_sparse_(\w+?)_mosaic\w*', (\d+) bytes spill stores")
@@ -45,7 +45,7 @@ def test_products_overlap_and_registers_do_not_spill(features, masked):
     said = run.stdout + run.stderr
     assert run.returncode == 0, said[-2000:]
     kernels = set(re.findall(r"Function properties for block_sparse_(\w+?)_mosaic", said))
-    assert kernels == {"forward", "dq", "dkv"}
+    assert kernels == {"deal", "forward", "dq", "dkv"}
     assert not SERIALISED.search(said)
     allowed = SPILLS.get((features, masked), {})
     for kernel, spilled in SPILL.findall(said):
