@@ -35,7 +35,8 @@ def test_attention_and_its_gradient_lower(features, block, dtype, masks):
         step = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, pattern, key_mask)
         text = step.lower(lowering_platforms=("cuda",)).as_text()
     halves = 2 if features == 256 else 1  # of dk and dv
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2 + halves
+    # Rows are dealt out for each of forward, dq and dkv.
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 5 + halves
 
 
 def in_a_scan_with_remat(q, k, v, patterns):
@@ -74,7 +75,7 @@ def test_gradients_lower_within_transformations(loss):
     assert "mosaic_gpu" in text
 
 
-@pytest.mark.parametrize(("samples", "launches"), [(1, 6), (64, 3)])
+@pytest.mark.parametrize(("samples", "launches"), [(1, 9), (64, 6)])
 def test_long_rows_are_cut_unless_many_samples_keep_the_gpu_busy(samples, launches):
     pattern = sparsax.patterns.bigbird(4096, block=128)
     q = jax.ShapeDtypeStruct((samples, 4096, 8, 64), jnp.bfloat16)
