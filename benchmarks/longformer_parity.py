@@ -105,7 +105,8 @@ def ours(folder, inputs, dtype, implementation=None):
         states = model.hidden_states(*inputs)
         return [*states, model.pool(states[-1])]
 
-    with jax.default_matmul_precision("highest"):  # float32 products would be TF32
+    precise = "highest" if dtype == jnp.float32 else None  # float32 products would be TF32
+    with jax.default_matmul_precision(precise):
         found = run(model, *map(jnp.asarray, inputs))
     return [np.asarray(x, np.float32) for x in found]
 

@@ -103,9 +103,8 @@ def main() -> None:
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     model, layers = make(args, max(length for length, _ in shapes), vocab)
     if args.compile:
-        torch._dynamo.config.recompile_limit = (
-            256  # past it, layers would run eagerly, and silently
-        )
+        # Past the limit layers would run eagerly, and silently.
+        torch._dynamo.config.recompile_limit = 256
         for layer in layers:
             layer.compile(dynamic=False)
     wait = torch.cuda.synchronize if on_gpu else lambda: None
