@@ -12,53 +12,21 @@ portable implementation takes.
 """
 
 import argparse
-import dataclasses
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flex import flex_attention
-from gpu import BLOCK, PATTERNS, both, kernels, milliseconds, repeated
+from gpu import BLOCK, PATTERNS, Programs
 from harness import save
 
 import sparsax
 
 KINDS = ("forward_ms", "both_ms")
 DETAILED = "spion", 0.09  # pattern and least density of the row with kernels and portable path
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """Compiled loops of one kind of attention at one size: forward, forward and backward."""
-
-    calls: int
-    forward: Future
-    both: Future
-
-    @classmethod
-    def start(cls, pool: ThreadPoolExecutor, attend, arrays, *rest, calls: int) -> "Programs":
-        """Traces them here and compiles them in the pool."""
-        compile_ = lambda function, *args: pool.submit(
-            repeated(function, calls).lower(*args, *rest).compile
-        )
-        return cls(calls, compile_(attend, *arrays[:3]), compile_(both(attend), *arrays))
-
-    def time(self, arrays, *rest) -> dict[str, float]:
-        """Milliseconds of forward alone, and of forward and backward with their bytes."""
-        memory = self.both.result().memory_analysis()
-        return {
-            "forward_ms": milliseconds(self.forward.result(), *arrays[:3], *rest, calls=self.calls),
-            "both_ms": milliseconds(self.both.result(), *arrays, *rest, calls=self.calls),
-            "bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
-        }
-
-    def kernels(self, arrays, *rest) -> dict[str, float]:
-        """Milliseconds of every kernel of a forward and backward pass."""
-        found = kernels(self.both.result(), *arrays, *rest, calls=1)
-        return {name: time / self.calls for name, time in found.items()}
 
 
 class Length:

@@ -19,6 +19,7 @@ window 256 to either side, so many global tokens, contiguous or scattered. `bigb
 import argparse
 import importlib.metadata
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flex import flex_compound
-from gpu import both, kernels, milliseconds, repeated, time_both
+from gpu import Programs, both, kernels, milliseconds, repeated
 from huggingface import longformer_attention
 from resumed import Results, need
 
@@ -115,14 +116,19 @@ def parts(batch: int, heads: int, pattern, args) -> dict:
     length = pattern.seq_len
     arrays = jax.random.normal(jax.random.key(0), (4, batch, length, heads, FEATURES), jnp.bfloat16)
     calls = 2 if args.quick else max(2, min(50, 2**18 // (batch * length)))
-    time = lambda attend, *rest, **more: time_both(attend, arrays, *rest, calls=calls, **more)
+
+    def time(attend, *rest):
+        with ThreadPoolExecutor() as pool:
+            programs = Programs.start(pool, attend, arrays, *rest, calls=calls)
+        return programs.time(arrays, *rest)
+
     ours = partial(sparsax.compound_attention, implementation=args.implementation)
     block = partial(sparsax.block_sparse_attention, implementation=args.implementation)
     dense = partial(jax.nn.dot_product_attention, implementation=args.dense)
     found = {
-        "ours": lambda: time(ours, pattern, count_bytes=True),
+        "ours": lambda: time(ours, pattern),
         "kernels_ms": lambda: kernels(jax.jit(both(ours)), *arrays, pattern),
-        "dense": lambda: time(dense, count_bytes=True),
+        "dense": lambda: time(dense),
         "block_mask": lambda: time(block, rounded(pattern)),
         "flex": lambda: dict(zip(
             ("forward_ms", "both_ms"), flex_compound(batch, heads, FEATURES, pattern), strict=True

@@ -1,8 +1,10 @@
 """What the benchmarks of attention on a GPU share: patterns, timing, kernel times."""
 
 import collections
+import dataclasses
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -90,19 +92,6 @@ def milliseconds(run, *args, calls: int, repeats: int = 5) -> float:
     return 1e3 * float(np.median(found))
 
 
-def time_both(attend, arrays, *rest, calls: int, count_bytes: bool = False) -> dict[str, float]:
-    """Milliseconds of forward alone and of forward and backward."""
-    step = both(attend)
-    row = {
-        "forward_ms": milliseconds(repeated(attend, calls), *arrays[:3], *rest, calls=calls),
-        "both_ms": milliseconds(repeated(step, calls), *arrays, *rest, calls=calls),
-    }
-    if count_bytes:
-        memory = jax.jit(step).lower(*arrays, *rest).compile().memory_analysis()
-        row["bytes"] = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return row
-
-
 def queued_milliseconds(run, wait, *, calls: int, repeats: int = 5) -> float:
     """The same for calls that queue up on the device, until `wait()` returns."""
     run()
@@ -133,3 +122,38 @@ def kernels(function, *args, calls: int = 5) -> dict[str, float]:
                 for event in line.events:
                     total[event.name] += event.duration_ns / 1e6 / calls
     return dict(sorted(total.items(), key=lambda item: -item[1])[:8])
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Compiled loops of one kind of attention at one size: forward, forward and backward."""
+
+    calls: int
+    forward: Future
+    both: Future
+
+    @classmethod
+    def start(cls, pool: ThreadPoolExecutor, attend, arrays, *rest, calls: int) -> "Programs":
+        """Traces them here and compiles them in the pool."""
+        compile_ = lambda function, *args: pool.submit(
+            repeated(function, calls).lower(*args, *rest).compile
+        )
+        return cls(calls, compile_(attend, *arrays[:3]), compile_(both(attend), *arrays))
+
+    def time(self, arrays, *rest) -> dict[str, float]:
+        """Milliseconds of forward alone, and of forward and backward.
+
+        And the bytes that XLA reserves for the loop of the latter beside the arguments: results of
+        a call are among them.
+        """
+        memory = self.both.result().memory_analysis()
+        return {
+            "forward_ms": milliseconds(self.forward.result(), *arrays[:3], *rest, calls=self.calls),
+            "both_ms": milliseconds(self.both.result(), *arrays, *rest, calls=self.calls),
+            "bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
+        }
+
+    def kernels(self, arrays, *rest) -> dict[str, float]:
+        """Milliseconds of every kernel of a forward and backward pass."""
+        found = kernels(self.both.result(), *arrays, *rest, calls=1)
+        return {name: time / self.calls for name, time in found.items()}

@@ -1,6 +1,6 @@
 """Writes docs/attention.md and docs/attention_gpu.png from what `attention_gpu.py` measured.
 
-    python benchmarks/attention_gpu.py --causal --flex     # on the GPU: results/attention_gpu.json
+    python benchmarks/attention_gpu.py --flex 16384        # on the GPU: results/attention_gpu.json
     uv run python benchmarks/report_attention.py           # anywhere (needs the `plots` extra)
 
 A dash is a figure that the result lacks; a length or pattern that it lacks has a row that says so.
@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from gpu import BLOCK
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
@@ -117,9 +118,10 @@ def memory(rows: list[dict], heads: int) -> str:
             cells.append([*line, "not measured", *["-"] * 4])
             continue
         row, array = measured[0], 2 * heads * length * features  # an array of 16-bit numbers
+        lists = 2 * 4 * heads * (length // BLOCK) ** 2  # of rows and of columns, a full capacity
         ideal = 8 * array + 4 * heads * length
-        totals = [4 * array + x["bytes"] if "bytes" in x else None
-                  for x in (row, row.get("dense", {}))]  # fmt: skip
+        totals = [4 * array + more + x["bytes"] if "bytes" in x else None
+                  for x, more in ((row, lists), (row.get("dense", {}), 0))]  # fmt: skip
         mib = [number(None if x is None else x / 2**20) for x in (ideal, *totals)]
         over = [number(None if x is None else x / ideal) for x in totals]
         cells.append([*line, f"{row['pattern']} {100 * row['density']:.1f} %", *mib, *over])

@@ -25,21 +25,21 @@ from sparsax.pallas.block_sparse.config import TABLE, Config, Tiling
 
 # (tile, slots of tiles, of row tiles) that fit in shared memory, by head dim.
 FORWARD = {
-    32: [(128, 4, 2), (128, 6, 1)],
+    32: [(128, 4, 1), (128, 4, 2), (128, 6, 1)],
     64: [(128, 3, 1), (128, 3, 2)],
     96: [(128, 2, 1), (64, 4, 2)],
     128: [(128, 2, 1), (128, 2, 2)],
     256: [(64, 2, 1), (32, 2, 1)],
 }
 DQ = {
-    32: [(128, 4, 2), (64, 6, 2)],
+    32: [(128, 4, 1), (128, 4, 2), (64, 6, 2)],
     64: [(128, 3, 1), (128, 3, 2), (64, 6, 2)],
     96: [(64, 4, 1), (64, 3, 2)],
     128: [(64, 3, 1), (64, 3, 2)],
     256: [(32, 2, 1)],
 }
 DKV = {
-    32: [(128, 4, 2), (64, 6, 2)],
+    32: [(128, 4, 1), (128, 4, 2), (64, 6, 2)],
     64: [(128, 3, 1), (128, 3, 2), (64, 6, 2)],
     96: [(64, 4, 1), (64, 3, 1)],
     128: [(64, 2, 1)],
@@ -130,6 +130,8 @@ def tune(features: int, length: int, heads: int) -> list[dict]:
     def attempt(run, tilings):
         try:
             run()
+        except AssertionError:
+            raise
         except Exception as error:  # what does not fit does not compile: say so and go on
             reason = str(error).splitlines()[0][:100]
             print(f"  H={features}", tilings, "fails:", reason, flush=True)

@@ -35,7 +35,8 @@ class Config:
 
 
 # By head dim: what fits in 227 KiB of shared memory. 64 and 128: by time on an H200, the result of
-# `benchmarks/tune_attention_gpu.py`. The others spill next to nothing.
+# `benchmarks/tune_attention_gpu.py`, where dQ at 128 is a tie with and without turns. The others
+# spill next to nothing, and were not timed.
 TABLE = {
     32: Config(Tiling(128, 4), Tiling(128, 4), Tiling(128, 4)),
     64: Config(Tiling(128, 3), Tiling(128, 3, row_slots=2), Tiling(128, 3, row_slots=2)),
