@@ -63,12 +63,13 @@ class Maps:
 
 
 def by_mass(setting: Setting, maps, **changes) -> BlockPattern:
-    """The search by mass, of pooled maps."""
-    options: dict[str, Any] = {"density": setting.density, "band": setting.band} | changes
+    """The search by mass, of pooled maps; of whole ones with `length=None`."""
+    options: dict[str, Any] = {
+        "density": setting.density, "band": setting.band, "length": setting.length
+    } | changes  # fmt: skip
     return mass.search(
-        maps, block=setting.block, causal=setting.causal, equal_rows=setting.equal_rows,
-        length=setting.length, **options,
-    )  # fmt: skip
+        maps, block=setting.block, causal=setting.causal, equal_rows=setting.equal_rows, **options
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("block", "variant", "pool"))

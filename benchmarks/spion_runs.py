@@ -177,10 +177,7 @@ class Runs:
 
     def search_again(self, maps):
         """The search by mass in the maps of a probe."""
-        if self.whole:
-            size = self.task.size
-            maps = mass.block_mass(maps, block=size.block) / size.block
-        return by_mass(self.setting, maps)
+        return by_mass(self.setting, maps, length=None if self.whole else self.setting.length)
 
     def report(self, name: str, result: FitResult, facts: dict, seconds: float) -> dict:
         """The row of a trained method."""
