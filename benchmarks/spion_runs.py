@@ -128,7 +128,8 @@ class Runs:
             heads=heads, final=None,
         )  # fmt: skip
         self.mass = self.masses(transition["params"])
-        self.probe_ms = milliseconds(lambda: self.head_maps(transition["params"], tokens))
+        run = self.run("drop", self.args.dense, None)
+        self.probe_ms = milliseconds(lambda: run.maps(transition["params"], tokens))
         return True
 
     def model(self, params, pattern, pruned="drop") -> nnx.Module:
@@ -199,7 +200,9 @@ class Runs:
         now = ms["dense" if pattern is None else "sparse"]
         share = None
         if ms["dense"] is not None and now is not None:
-            looked = self.probe_ms * (self.step // size.probe_every) + facts.get("search_ms", 0.0)
+            searches = 2 if name.startswith("again") else 1  # the second one has a probe of its own
+            looks = -(-self.step // size.probe_every) + searches - 1
+            looked = self.probe_ms * looks + facts.get("search_ms", 0.0) * searches
             share = looked / (ms["dense"] * self.step + now * size.steps)
         return {
             "seed": self.seed, "method": name,
