@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from harness import save
 from spion_methods import FINDERS, NEEDS_WHOLE, split_name
-from spion_peers import peers
+from spion_peers import MATERIALISED, compare_losses, missing, peers
 from spion_runs import WHOLE_UP_TO, Runs
 from spion_task import Task, dtype
 
@@ -40,11 +40,6 @@ class Book:
         """What a seed has rows of."""
         return {row["method"] for row in self.rows if row.get("seed") == seed}
 
-    @property
-    def has_peers(self) -> bool:
-        """Whether times and memory are known."""
-        return any("peer" in row for row in self.rows)
-
 
 def compare(task: Task, args: argparse.Namespace, methods: list[str]) -> None:
     """Every method of every seed, until the time is up."""
@@ -55,6 +50,7 @@ def compare(task: Task, args: argparse.Namespace, methods: list[str]) -> None:
     deadline = time.monotonic() + 60 * args.minutes
     stop = lambda: time.monotonic() > deadline
     book = Book(task, args)
+    compare_losses(book.rows)
     for seed in range(args.seeds):
         if set(methods) - book.methods(seed) and not stop():
             one_seed(Runs(task, seed, args, stop), methods, book)
@@ -67,9 +63,11 @@ def one_seed(runs: Runs, methods: list[str], book: Book) -> None:
     left = [x for x in methods if x not in done or x == "dense"]  # read again, for its maps
     kinds = {(split_name(x)[1], "heads" if x.startswith("heads") else "shared")
              for x in left if x != "dense"}  # fmt: skip
-    timed = not args.no_peers and not book.has_peers
+    timed = [] if args.no_peers else missing(book.rows, args.dense)
     if timed:
-        kinds |= {("drop", "shared"), ("drop", "materialised")}
+        kinds |= {("drop", "shared")}
+    if MATERIALISED in timed:
+        kinds |= {("drop", "materialised")}
     with ThreadPoolExecutor(4) as pool:
         programs = [pool.submit(runs.compile, *kind) for kind in sorted(kinds)]
         begun = runs.begin()
@@ -77,8 +75,9 @@ def one_seed(runs: Runs, methods: list[str], book: Book) -> None:
         program.result()
     if not begun:
         return
-    for row in peers(runs) if timed else ():
+    for row in peers(runs, timed):
         book.add(row)
+    compare_losses(book.rows)
     for method in left:
         row = runs.row(method)
         if row is None:
