@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 from harness import save
 from spion_methods import FINDERS, NEEDS_WHOLE, split_name
@@ -19,16 +20,20 @@ class Book:
     """The rows of a task, and the file that they are in."""
 
     def __init__(self, task: Task, args: argparse.Namespace):
-        self.name = f"spion_{task.name}" + "_quick" * args.quick
+        self.name = f"spion_{task.name}"
         self.folder = args.out
         facts = {
             "task": task.name, "metric": task.metric, "dense": args.dense,
-            "dtype": dtype().__name__, "size": dataclasses.asdict(task.size),
+            "dtype": dtype().__name__, "device": jax.devices()[0].device_kind,
+            "size": dataclasses.asdict(task.size),
         }  # fmt: skip
         path = self.folder / f"{self.name}.json"
-        self.rows = json.loads(path.read_text())["rows"] if path.exists() else [facts]
-        if self.rows[0]["size"] != facts["size"]:
-            raise SystemExit(f"{path} has other sizes; give another --out, or {self.rows[0]}")
+        if path.exists():
+            self.rows = json.loads(path.read_text())["rows"]
+            refuse_others(path, self.rows[0], facts)
+        else:
+            self.rows = []
+            self.add(facts)  # before there is a checkpoint that other facts could go on from
         print(facts, flush=True)
 
     def add(self, row: dict) -> None:
@@ -39,6 +44,15 @@ class Book:
     def methods(self, seed: int) -> set[str]:
         """What a seed has rows of."""
         return {row["method"] for row in self.rows if row.get("seed") == seed}
+
+
+def refuse_others(path: Path, kept: dict, facts: dict) -> None:
+    """Rows and checkpoints of one folder are of one size, dense attention and device."""
+    was, now = ({**x, **x["size"], "size": None} for x in (kept, facts))
+    differ = [n for n in was | now if was.get(n) != now.get(n)]
+    if differ:
+        said = ", ".join(f"{n} {was.get(n)}, now {now.get(n)}" for n in differ)
+        raise SystemExit(f"{path} has other facts: {said}. Give another --out, or those")
 
 
 def compare(task: Task, args: argparse.Namespace, methods: list[str]) -> None:

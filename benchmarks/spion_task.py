@@ -81,6 +81,8 @@ def parse(description: str | None) -> argparse.Namespace:
     for field in dataclasses.fields(Size):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type)
     args = parser.parse_args()
+    if args.quick:
+        args.out /= "quick"  # checkpoints of their own
     args.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
