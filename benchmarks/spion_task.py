@@ -42,8 +42,15 @@ class Size:
 
     def changed_by(self, args: argparse.Namespace) -> "Size":
         """These numbers, but for those that flags gave."""
-        given = {n: x for n, x in vars(args).items() if hasattr(self, n) and x is not None}
-        return dataclasses.replace(self, **given)
+        flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{n: x for n, x in flags.items() if x is not None})
+
+    def quick(self, **changes: Any) -> "Size":
+        """The same model trained for seconds, on sequences of a few blocks that `changes` names."""
+        return dataclasses.replace(
+            self, probe_every=20, dense_steps=60, steps=40, steps_per_call=20, density=0.5,
+            quantile=0.8, paper_density=0.3, held_batches=4, **changes,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +96,13 @@ def parse(description: str | None) -> argparse.Namespace:
     if args.dense is None:
         args.dense = "cudnn" if jax.default_backend() == "gpu" else "xla"
     return args
+
+
+def data_folder(args: argparse.Namespace) -> Path:
+    """The folder of the files, for a task that has to be given one."""
+    if args.data is None:
+        raise SystemExit("--data FOLDER is needed")
+    return args.data
 
 
 def dtype() -> Any:
