@@ -16,7 +16,7 @@ from sparsax import data
 
 FULL = Size(
     length=1024, block=32, layers=2, features=64, heads=2, batch_size=128, learning_rate=1e-3,
-    dropout=0.1, probe_every=500, dense_steps=3_000, steps=2_000, density=0.15, quantile=0.96,
+    dropout=0.1, probe_every=500, dense_steps=3_000, steps=2_000, density=0.2, quantile=0.96,
     paper_density=0.04, held_batches=39,
 )  # fmt: skip
 QUICK = FULL.quick(length=64, block=8, batch_size=32)

@@ -15,7 +15,7 @@ from sparsax import data
 
 FULL = Size(
     length=2048, block=64, layers=4, features=64, heads=2, batch_size=64, learning_rate=7e-4,
-    dropout=0.1, probe_every=500, dense_steps=3_000, steps=1_500, density=0.15, quantile=0.98,
+    dropout=0.1, probe_every=500, dense_steps=3_000, steps=1_500, density=0.2, quantile=0.98,
     paper_density=0.04, held_batches=31,
 )  # fmt: skip
 QUICK = FULL.quick(length=128, block=16, layers=2, batch_size=16)

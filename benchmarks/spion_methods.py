@@ -34,6 +34,12 @@ class Setting:
     cover: float
     seed: int
 
+    @classmethod
+    def of(cls, size: Any, **others: Any) -> "Setting":
+        """That of a task's `spion_task.Size`, with what it does not say."""
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in others]
+        return cls(**{name: getattr(size, name) for name in names}, **others)
+
     @property
     def blocks(self) -> int:
         """Rows of blocks."""

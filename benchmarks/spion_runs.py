@@ -41,11 +41,7 @@ class Runs:
         size = task.size
         self.batch = task.batches(seed, size.dense_steps + size.steps)
         self.whole = size.length <= WHOLE_UP_TO
-        self.setting = Setting(
-            causal=task.causal, equal_rows=not task.padded, seed=seed,
-            **{f.name: getattr(size, f.name) for f in dataclasses.fields(Setting)
-               if hasattr(size, f.name)},
-        )  # fmt: skip
+        self.setting = Setting.of(size, causal=task.causal, equal_rows=not task.padded, seed=seed)
         self.start = self.final = None
 
     def run(self, pruned: str, dense: str, pattern: Any) -> Run:

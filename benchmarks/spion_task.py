@@ -48,7 +48,7 @@ class Size:
     def quick(self, **changes: Any) -> "Size":
         """The same model trained for seconds, on sequences of a few blocks that `changes` names."""
         return dataclasses.replace(
-            self, probe_every=20, dense_steps=60, steps=40, steps_per_call=20, density=0.5,
+            self, probe_every=20, dense_steps=60, steps=40, steps_per_call=20, density=0.6,
             quantile=0.8, paper_density=0.3, held_batches=4, **changes,
         )  # fmt: skip
 
