@@ -81,7 +81,7 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", help="in this order; dense before oracle")
     parser.add_argument("--minutes", type=float, default=600, help="stop, to be gone on with")
-    parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny, in OUT/quick")
     parser.add_argument("--dense", choices=["cudnn", "xla"], help="what dense attention runs")
     parser.add_argument("--no-peers", action="store_true", help="no table of time and memory")
     parser.add_argument("--no-bar", action="store_true", help="no progress bars")
