@@ -33,9 +33,9 @@ and its neighbours among them, but for those whose density says otherwise:
 *Over dense* is how much better than dense a method is, seed by seed (below 0: worse). *Before* is
 the score right after the switch. *Mass* is the share of the dense model's attention
 that the listed blocks hold, on held-out samples when the pattern was chosen, layer by layer; *best*
-is the most that as many blocks can hold, and random blocks hold their density. *Search* is the time
-of one search, and with all probes its share of the training time. MFLOP are those of attention,
-forward, for one sample."""
+is the most that as many blocks can hold; random blocks beside the band hold as large a share of
+what the band leaves as they are of the blocks there. *Search* is the time of one search, and with
+all probes its share of the training time. MFLOP are those of attention, forward, for one sample."""
 
 
 def cell(values: list[float | None], digits: int = 3) -> str:

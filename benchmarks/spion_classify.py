@@ -1,12 +1,15 @@
 """The Long Range Arena's encoder on a data set: what three of the SPION scripts have in common."""
 
+import argparse
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from spion_task import Size, Task, dtype
+from spion_compare import compare
+from spion_task import Size, Task, dtype, parse
 
 from sparsax import data
 from sparsax.nn import Classifier
@@ -17,6 +20,27 @@ METHODS = [
     "oracle", "heads", "budget:zero", "layer", "F-paper", "F-paper:zero", "C-paper", "C-paper:zero",
     "C", "F", "cover", "again", "longformer",
 ]  # fmt: skip
+
+
+def run(
+    name: str,
+    description: str | None,
+    full: Size,
+    quick: Size,
+    read: Callable[[argparse.Namespace, Size], data.Dataset],
+) -> None:
+    """A script: its flags, its data, the comparison.
+
+    Args:
+        name: of the task.
+        description: what `--help` says.
+        full: its sizes.
+        quick: those of `--quick`.
+        read: gets the data by flags and sizes.
+    """
+    args = parse(description)
+    size = (quick if args.quick else full).changed_by(args)
+    compare(classification(name, read(args, size), size), args, METHODS)
 
 
 def loss(model, batch, rngs):

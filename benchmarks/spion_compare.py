@@ -7,10 +7,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 from harness import save
 from spion_methods import FINDERS, NEEDS_WHOLE, split_name
-from spion_peers import peers
+from spion_peers import MATERIALISED, compare_losses, missing, peers
 from spion_runs import WHOLE_UP_TO, Runs
 from spion_task import Task, dtype
 
@@ -19,16 +20,20 @@ class Book:
     """The rows of a task, and the file that they are in."""
 
     def __init__(self, task: Task, args: argparse.Namespace):
-        self.name = f"spion_{task.name}" + "_quick" * args.quick
+        self.name = f"spion_{task.name}"
         self.folder = args.out
         facts = {
             "task": task.name, "metric": task.metric, "dense": args.dense,
-            "dtype": dtype().__name__, "size": dataclasses.asdict(task.size),
+            "dtype": dtype().__name__, "device": jax.devices()[0].device_kind,
+            "size": dataclasses.asdict(task.size),
         }  # fmt: skip
         path = self.folder / f"{self.name}.json"
-        self.rows = json.loads(path.read_text())["rows"] if path.exists() else [facts]
-        if self.rows[0]["size"] != facts["size"]:
-            raise SystemExit(f"{path} has other sizes; give another --out, or {self.rows[0]}")
+        if path.exists():
+            self.rows = json.loads(path.read_text())["rows"]
+            refuse_others(path, self.rows[0], facts)
+        else:
+            self.rows = []
+            self.add(facts)  # before there is a checkpoint that other facts could go on from
         print(facts, flush=True)
 
     def add(self, row: dict) -> None:
@@ -40,10 +45,14 @@ class Book:
         """What a seed has rows of."""
         return {row["method"] for row in self.rows if row.get("seed") == seed}
 
-    @property
-    def has_peers(self) -> bool:
-        """Whether times and memory are known."""
-        return any("peer" in row for row in self.rows)
+
+def refuse_others(path: Path, kept: dict, facts: dict) -> None:
+    """Rows and checkpoints of one folder are of one size, dense attention and device."""
+    was, now = ({**x, **x["size"], "size": None} for x in (kept, facts))
+    differ = [n for n in was | now if was.get(n) != now.get(n)]
+    if differ:
+        said = ", ".join(f"{n} {was.get(n)}, now {now.get(n)}" for n in differ)
+        raise SystemExit(f"{path} has other facts: {said}. Give another --out, or those")
 
 
 def compare(task: Task, args: argparse.Namespace, methods: list[str]) -> None:
@@ -55,6 +64,7 @@ def compare(task: Task, args: argparse.Namespace, methods: list[str]) -> None:
     deadline = time.monotonic() + 60 * args.minutes
     stop = lambda: time.monotonic() > deadline
     book = Book(task, args)
+    compare_losses(book.rows)
     for seed in range(args.seeds):
         if set(methods) - book.methods(seed) and not stop():
             one_seed(Runs(task, seed, args, stop), methods, book)
@@ -67,9 +77,11 @@ def one_seed(runs: Runs, methods: list[str], book: Book) -> None:
     left = [x for x in methods if x not in done or x == "dense"]  # read again, for its maps
     kinds = {(split_name(x)[1], "heads" if x.startswith("heads") else "shared")
              for x in left if x != "dense"}  # fmt: skip
-    timed = not args.no_peers and not book.has_peers
+    timed = [] if args.no_peers else missing(book.rows, args.dense)
     if timed:
-        kinds |= {("drop", "shared"), ("drop", "materialised")}
+        kinds |= {("drop", "shared")}
+    if MATERIALISED in timed:
+        kinds |= {("drop", "materialised")}
     with ThreadPoolExecutor(4) as pool:
         programs = [pool.submit(runs.compile, *kind) for kind in sorted(kinds)]
         begun = runs.begin()
@@ -77,8 +89,9 @@ def one_seed(runs: Runs, methods: list[str], book: Book) -> None:
         program.result()
     if not begun:
         return
-    for row in peers(runs) if timed else ():
+    for row in peers(runs, timed):
         book.add(row)
+    compare_losses(book.rows)
     for method in left:
         row = runs.row(method)
         if row is None:

@@ -6,35 +6,28 @@
 The samples are kept in --data FOLDER, or in the folder `cache` of --out.
 """
 
-import dataclasses
+import argparse
 
-from spion_classify import METHODS, classification
-from spion_compare import compare
-from spion_task import Size, parse
+from spion_classify import run
+from spion_task import Size
 
 from sparsax import data
 
 FULL = Size(
     length=2048, block=64, layers=4, features=64, heads=2, batch_size=64, learning_rate=7e-4,
-    dropout=0.1, probe_every=500, dense_steps=3_000, steps=1_500, density=0.15, quantile=0.98,
+    dropout=0.1, probe_every=500, dense_steps=3_000, steps=1_500, density=0.2, quantile=0.98,
     paper_density=0.04, held_batches=31,
 )  # fmt: skip
-QUICK = dataclasses.replace(
-    FULL, length=128, block=16, layers=2, batch_size=16, probe_every=20, dense_steps=60, steps=40,
-    steps_per_call=20, density=0.5, quantile=0.8, paper_density=0.3, held_batches=4,
-)  # fmt: skip
+QUICK = FULL.quick(length=128, block=16, layers=2, batch_size=16)
 QUICK_DATA = data.ListOpsConfig(
     min_length=50, max_length=128, num_train=2_000, num_valid=200, num_test=200
 )
 
 
-def main() -> None:
-    args = parse(__doc__)
-    size = (QUICK if args.quick else FULL).changed_by(args)
+def read(args: argparse.Namespace, size: Size) -> data.Dataset:
     config = QUICK_DATA if args.quick else data.ListOpsConfig()
-    dataset = data.load_listops(config, args.data or args.out / "cache").padded(size.length)
-    compare(classification("listops", dataset, size), args, METHODS)
+    return data.load_listops(config, args.data or args.out / "cache").padded(size.length)
 
 
 if __name__ == "__main__":
-    main()
+    run("listops", __doc__, FULL, QUICK, read)

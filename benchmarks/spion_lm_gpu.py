@@ -22,7 +22,7 @@ from flax import nnx
 from jax.tree_util import Partial
 from spion_compare import compare
 from spion_runs import WHOLE_UP_TO
-from spion_task import Size, Task, dtype, parse
+from spion_task import Size, Task, data_folder, dtype, parse
 
 from sparsax.nn import DecoderConfig, LanguageModel
 
@@ -38,12 +38,16 @@ FULL = Size(
     dropout=0.0, probe_every=300, tolerance=1e-9, dense_steps=3_000, steps=600, density=0.2,
     quantile=0.98, paper_density=0.1, held_batches=16,
 )  # fmt: skip
-QUICK = dataclasses.replace(
-    FULL, length=256, block=32, layers=2, features=64, heads=2, batch_size=4, probe_every=20,
-    dense_steps=60, steps=40, steps_per_call=20, density=0.5, quantile=0.8, paper_density=0.3,
-    held_batches=4,
-)  # fmt: skip
+QUICK = FULL.quick(length=256, block=32, layers=2, features=64, heads=2, batch_size=4)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+
+
+def full(length: int) -> Size:
+    """The sizes of a length, at so many bytes a step."""
+    return dataclasses.replace(
+        FULL, length=length, batch_size=max(1, BYTES // length),
+        density=DENSITY.get(length, FULL.density),
+    )  # fmt: skip
 
 
 def read(path: Path) -> np.ndarray:
@@ -106,19 +110,9 @@ def language(folder: Path, size: Size) -> Task:
 
 def main() -> None:
     args = parse(__doc__)
-    if args.data is None:
-        raise SystemExit("--data FOLDER is needed")
-    size = QUICK
-    if not args.quick:
-        length = args.length or FULL.length
-        size = dataclasses.replace(
-            FULL, length=length, batch_size=max(1, BYTES // length),
-            density=DENSITY.get(length, FULL.density),
-        )  # fmt: skip
-    size = size.changed_by(args)
-    compare(
-        language(args.data, size), args, METHODS if size.length <= WHOLE_UP_TO else LONG_METHODS
-    )
+    size = (QUICK if args.quick else full(args.length or FULL.length)).changed_by(args)
+    methods = METHODS if size.length <= WHOLE_UP_TO else LONG_METHODS
+    compare(language(data_folder(args), size), args, methods)
 
 
 if __name__ == "__main__":

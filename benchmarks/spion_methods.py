@@ -34,6 +34,12 @@ class Setting:
     cover: float
     seed: int
 
+    @classmethod
+    def of(cls, size: Any, **others: Any) -> "Setting":
+        """That of a task's `spion_task.Size`, with what it does not say."""
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in others]
+        return cls(**{name: getattr(size, name) for name in names}, **others)
+
     @property
     def blocks(self) -> int:
         """Rows of blocks."""
@@ -63,12 +69,13 @@ class Maps:
 
 
 def by_mass(setting: Setting, maps, **changes) -> BlockPattern:
-    """The search by mass, of pooled maps."""
-    options: dict[str, Any] = {"density": setting.density, "band": setting.band} | changes
+    """The search by mass, of pooled maps; of whole ones with `length=None`."""
+    options: dict[str, Any] = {
+        "density": setting.density, "band": setting.band, "length": setting.length
+    } | changes  # fmt: skip
     return mass.search(
-        maps, block=setting.block, causal=setting.causal, equal_rows=setting.equal_rows,
-        length=setting.length, **options,
-    )  # fmt: skip
+        maps, block=setting.block, causal=setting.causal, equal_rows=setting.equal_rows, **options
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("block", "variant", "pool"))

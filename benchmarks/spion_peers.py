@@ -10,26 +10,28 @@ from spion_methods import FINDERS
 from sparsax.training.run import Run
 
 MATERIALISED_UP_TO = 8192  # tokens; beyond, its steps would take minutes to time
-PEERS = ("dense, materialised", "dense", "diagonal", "random", "window", "bigbird", "longformer")
+MATERIALISED = "dense, materialised"
+PEERS = (MATERIALISED, "dense", "diagonal", "random", "window", "bigbird", "longformer")
 
 
-def peers(runs: Any):
+def missing(rows: list[dict], dense: str) -> list[str]:
+    """The peers that have no row yet."""
+    known = {row.get("peer") for row in rows}
+    if dense == "xla":
+        known.add(MATERIALISED)  # that is what dense runs
+    return [name for name in PEERS if name not in known]
+
+
+def peers(runs: Any, names: list[str]):
     """Rows of milliseconds and bytes of a step; the loss tells whether the dense ones agree."""
-    losses = {}
-    for name in PEERS:
-        dense = runs.args.dense
-        if name == "dense, materialised":
-            if dense == "xla":
-                continue  # that is what dense runs
-            dense = "xla"
+    for name in names:
+        dense = "xla" if name == MATERIALISED else runs.args.dense
         pattern = None if name.startswith("dense") else FINDERS[name](runs.setting, None)
         run = runs.run("drop", dense, pattern)
         timed = pattern is not None or dense != "xla" or runs.task.size.length <= MATERIALISED_UP_TO
         row = {"peer": name, **measure(run, runs.batch, runs.task.size.steps_per_call, timed)}
-        losses[name] = row.get("loss")
         print(row, flush=True)
         yield row
-    compare_losses(losses)
 
 
 def arguments(run: Run, batch: Any) -> tuple:
@@ -58,11 +60,12 @@ def measure(run: Run, batch: Any, count: int, timed: bool) -> dict:
     return row | {"ms": 1e3 * min(times)}
 
 
-def compare_losses(losses: dict[str, float | None]) -> None:
+def compare_losses(rows: list[dict]) -> None:
     """Says so when flash attention trains otherwise than materialised attention does."""
-    one, other = losses.get("dense, materialised"), losses.get("dense")
+    losses = {row["peer"]: row.get("loss") for row in rows if "peer" in row}
+    one, other = losses.get(MATERIALISED), losses.get("dense")
     if one is not None and other is not None and not abs(one - other) < 0.02 * abs(one):
         raise SystemExit(
             f"dense attention of two kinds must train alike; the mean losses of the first steps "
-            f"are {one} and {other}. Go on with --dense xla."
+            f"are {one} and {other}. Take --dense xla, with another --out."
         )

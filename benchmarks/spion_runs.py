@@ -41,11 +41,7 @@ class Runs:
         size = task.size
         self.batch = task.batches(seed, size.dense_steps + size.steps)
         self.whole = size.length <= WHOLE_UP_TO
-        self.setting = Setting(
-            causal=task.causal, equal_rows=not task.padded, seed=seed,
-            **{f.name: getattr(size, f.name) for f in dataclasses.fields(Setting)
-               if hasattr(size, f.name)},
-        )  # fmt: skip
+        self.setting = Setting.of(size, causal=task.causal, equal_rows=not task.padded, seed=seed)
         self.start = self.final = None
 
     def run(self, pruned: str, dense: str, pattern: Any) -> Run:
@@ -128,7 +124,8 @@ class Runs:
             heads=heads, final=None,
         )  # fmt: skip
         self.mass = self.masses(transition["params"])
-        self.probe_ms = milliseconds(lambda: self.head_maps(transition["params"], tokens))
+        run = self.run("drop", self.args.dense, None)
+        self.probe_ms = milliseconds(lambda: run.maps(transition["params"], tokens))
         return True
 
     def model(self, params, pattern, pruned="drop") -> nnx.Module:
@@ -177,10 +174,7 @@ class Runs:
 
     def search_again(self, maps):
         """The search by mass in the maps of a probe."""
-        if self.whole:
-            size = self.task.size
-            maps = mass.block_mass(maps, block=size.block) / size.block
-        return by_mass(self.setting, maps)
+        return by_mass(self.setting, maps, length=None if self.whole else self.setting.length)
 
     def report(self, name: str, result: FitResult, facts: dict, seconds: float) -> dict:
         """The row of a trained method."""
@@ -202,7 +196,9 @@ class Runs:
         now = ms["dense" if pattern is None else "sparse"]
         share = None
         if ms["dense"] is not None and now is not None:
-            looked = self.probe_ms * (self.step // size.probe_every) + facts.get("search_ms", 0.0)
+            searches = 2 if name.startswith("again") else 1  # the second one has a probe of its own
+            looks = -(-self.step // size.probe_every) + searches - 1
+            looked = self.probe_ms * looks + facts.get("search_ms", 0.0) * searches
             share = looked / (ms["dense"] * self.step + now * size.steps)
         return {
             "seed": self.seed, "method": name,

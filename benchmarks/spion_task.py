@@ -42,8 +42,15 @@ class Size:
 
     def changed_by(self, args: argparse.Namespace) -> "Size":
         """These numbers, but for those that flags gave."""
-        given = {n: x for n, x in vars(args).items() if hasattr(self, n) and x is not None}
-        return dataclasses.replace(self, **given)
+        flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{n: x for n, x in flags.items() if x is not None})
+
+    def quick(self, **changes: Any) -> "Size":
+        """The same model trained for seconds, on sequences of a few blocks that `changes` names."""
+        return dataclasses.replace(
+            self, probe_every=20, dense_steps=60, steps=40, steps_per_call=20, density=0.6,
+            quantile=0.8, paper_density=0.3, held_batches=4, **changes,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,19 +81,28 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", help="in this order; dense before oracle")
     parser.add_argument("--minutes", type=float, default=600, help="stop, to be gone on with")
-    parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny, in OUT/quick")
     parser.add_argument("--dense", choices=["cudnn", "xla"], help="what dense attention runs")
     parser.add_argument("--no-peers", action="store_true", help="no table of time and memory")
     parser.add_argument("--no-bar", action="store_true", help="no progress bars")
     for field in dataclasses.fields(Size):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type)
     args = parser.parse_args()
+    if args.quick:
+        args.out /= "quick"  # checkpoints of their own
     args.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if args.dense is None:
         args.dense = "cudnn" if jax.default_backend() == "gpu" else "xla"
     return args
+
+
+def data_folder(args: argparse.Namespace) -> Path:
+    """The folder of the files, for a task that has to be given one."""
+    if args.data is None:
+        raise SystemExit("--data FOLDER is needed")
+    return args.data
 
 
 def dtype() -> Any:

@@ -6,11 +6,10 @@
 FOLDER holds imdb_{train,test}.jsonl.xz.
 """
 
-import dataclasses
+import argparse
 
-from spion_classify import METHODS, classification
-from spion_compare import compare
-from spion_task import Size, parse
+from spion_classify import run
+from spion_task import Size, data_folder
 
 from sparsax import data
 
@@ -19,20 +18,12 @@ FULL = Size(
     dropout=0.1, probe_every=200, dense_steps=3_000, steps=1_500, density=0.1, quantile=0.99,
     paper_density=0.03, held_batches=62,
 )  # fmt: skip
-QUICK = dataclasses.replace(
-    FULL, length=256, block=32, batch_size=8, probe_every=20, dense_steps=60, steps=40,
-    steps_per_call=20, density=0.5, quantile=0.8, paper_density=0.3, held_batches=4,
-)  # fmt: skip
+QUICK = FULL.quick(length=256, block=32, batch_size=8)
 
 
-def main() -> None:
-    args = parse(__doc__)
-    if args.data is None:
-        raise SystemExit("--data FOLDER is needed")
-    size = (QUICK if args.quick else FULL).changed_by(args)
-    dataset = data.read_imdb(args.data, max_length=size.length)
-    compare(classification("text", dataset, size), args, METHODS)
+def read(args: argparse.Namespace, size: Size) -> data.Dataset:
+    return data.read_imdb(data_folder(args), max_length=size.length)
 
 
 if __name__ == "__main__":
-    main()
+    run("text", __doc__, FULL, QUICK, read)

@@ -1,7 +1,6 @@
 """Figures from plain arrays (needs the `plots` extra)."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -30,43 +29,32 @@ def spion_figure(
     Returns:
         The figure; save it with `figure.savefig(path)`.
     """
-    columns = ["score map", "diagonal convolution", "average pool", *patterns]
-    figure = Figure(figsize=(2.4 * len(columns), 2.5 * len(maps)), layout="constrained")
-    axes = figure.subplots(len(maps), len(columns), squeeze=False)
-    masks = [np.asarray(pattern.to_block_mask()) for pattern in patterns.values()]
-    for layer, row in enumerate(axes):
-        score_map = np.asarray(maps[layer][head])
-        convolved = spion.diagonal_convolution(score_map)
-        pooled = spion.average_pool(convolved, block)
-        for axis, image in zip(row, (score_map, convolved, pooled), strict=False):
-            # A few huge entries would leave the rest black.
-            axis.imshow(image, cmap="magma", vmax=float(np.quantile(np.asarray(image), 0.995)))
-        for axis, mask in zip(row[3:], masks, strict=True):
-            chosen: Any = mask[layer][min(head, mask.shape[1] - 1)]
-            axis.imshow(chosen, cmap="Greys", vmin=0, vmax=1)
-            axis.set_xlabel(f"density {chosen.mean():.3f}", fontsize=8)
-        row[0].set_ylabel(f"layer {layer}")
-        for axis, title in zip(row, columns, strict=True):
-            axis.set(xticks=[], yticks=[])
-            if layer == 0:
-                axis.set_title(title, fontsize=9)
-    return figure
+    convolved = np.stack([spion.diagonal_convolution(each[head]) for each in maps])
+    shown = {
+        "score map": np.asarray(maps[:, head]),
+        "diagonal convolution": convolved,
+        "average pool": np.stack([spion.average_pool(each, block) for each in convolved]),
+    }
+    masks = {name: np.asarray(pattern.to_block_mask()) for name, pattern in patterns.items()}
+    # A pattern that the heads share serves them all.
+    chosen = {name: mask[:, min(head, mask.shape[1] - 1)] for name, mask in masks.items()}
+    return pattern_figure(shown, chosen)
 
 
 def pattern_figure(
-    maps: dict[str, Float[ArrayLike, "L n n"]], masks: dict[str, Bool[ArrayLike, "L n n"]]
+    maps: Mapping[str, Float[ArrayLike, "L _ _"]], masks: Mapping[str, Bool[ArrayLike, "L n n"]]
 ) -> Figure:
-    """A row for every layer: maps of block means, and block masks.
+    """A row for every layer: maps, pooled or not, and block masks.
 
     Args:
-        maps: pooled score maps by the name to print above them.
+        maps: score maps by the name to print above them.
         masks: block masks likewise.
 
     Returns:
         The figure; save it with `figure.savefig(path)`.
     """
-    layers, columns = len(next(iter((maps | masks).values()))), [*maps, *masks]
-    figure = Figure(figsize=(1.7 * len(columns), 1.9 * layers), layout="constrained")
+    layers, columns = len(next(iter({**maps, **masks}.values()))), [*maps, *masks]
+    figure = Figure(figsize=(2 * len(columns), 2.2 * layers), layout="constrained")
     axes = figure.subplots(layers, len(columns), squeeze=False)
     for layer, row in enumerate(axes):
         row[0].set_ylabel(f"layer {layer}", fontsize=8)
@@ -76,11 +64,12 @@ def pattern_figure(
                 axis.set_title(name, fontsize=8)
             if name in maps:
                 image = np.asarray(maps[name][layer])
-                axis.imshow(image, cmap="magma", vmax=float(np.quantile(image, 0.98)))
+                # A few huge entries would leave the rest black.
+                axis.imshow(image, cmap="magma", vmax=float(np.quantile(image, 0.99)))
             else:
                 mask = np.asarray(masks[name][layer])
                 axis.imshow(mask, cmap="Greys", vmin=0, vmax=1)
-                axis.set_xlabel(f"{mask.mean():.3f}", fontsize=7)
+                axis.set_xlabel(f"density {mask.mean():.3f}", fontsize=7)
     return figure
 
 

@@ -78,7 +78,7 @@ def test_a_row_for_every_layer_and_a_column_for_every_map_and_mask():
         shown = [np.asarray(axis.images[0].get_array()) for axis in row]
         np.testing.assert_array_equal(shown[0], pooled[layer])
         np.testing.assert_array_equal(shown[1].astype(bool), masks["CF"][layer])
-        assert row[2].get_xlabel() == "1.000"
+        assert row[2].get_xlabel() == "density 1.000"
 
 
 def test_a_panel_for_every_name_and_a_line_for_every_method():

@@ -131,8 +131,9 @@ def _search(maps, block, density, cover, spread, band, causal, equal_rows, lengt
         held = jnp.take_along_axis(mass, order, axis=-1)
         kept = held.cumsum(-1) - held < cover * held.sum(-1, keepdims=True)
     kept = jnp.broadcast_to(kept, order.shape)
-    mask = jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False) | forced
-    mask = mask.reshape(*leading, blocks, blocks)
+    mask = jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
+    # Rounded sums may never reach a cover of 1, and keep what has no mass.
+    mask = (mask & listable | forced).reshape(*leading, blocks, blocks)
     pattern = BlockPattern.from_block_mask(mask, q_len=length or maps.shape[-1], block_q=block)
     finite = jnp.isfinite(maps).all((-2, -1)).reshape(count, -1)
     shared = jnp.broadcast_to(finite.all(-1, keepdims=True), finite.shape)

@@ -32,9 +32,9 @@ class FitConfig:
         save_every: steps between two checkpoints.
         log_every: steps between two rows of the log.
         steps_per_call: steps that the device does without asking Python, in one loop; all other
-            numbers of steps must be multiples of it. Small models train several times as fast.
+            numbers of steps must be multiples of it.
         search_again: steps after which a sparse model's patterns are found anew; the learning rate
-            goes on.
+            goes on. Those that come while a schedule is still dense are passed over.
         seed: of dropout.
         name: shown beside the progress bar.
         progress: whether to show it.
@@ -104,8 +104,9 @@ def fit(
 
     Raises:
         ValueError: a schedule or `search_again` without `find_patterns`, a schedule for a model
-            that has patterns already, numbers of steps that are no multiples of `steps_per_call`,
-            or nothing left to train.
+            that has patterns already, steps in `search_again` that this run never takes or takes
+            densely in any case, numbers of steps that are no multiples of `steps_per_call`, or
+            nothing left to train.
     """
     schedule, count = config.schedule, config.steps_per_call
     run = Run(model, loss, optimizer, learning_rate, find_patterns, probe, schedule, config.seed)
@@ -200,6 +201,22 @@ def _check_search(run: Run, config: FitConfig, start: dict | None) -> None:
         raise ValueError(
             "a schedule starts dense, but the model has patterns already; call "
             "sparsax.nn.set_patterns(model, None) before, or fit with schedule=None."
+        )
+    if not config.search_again:
+        return
+    done = 0 if start is None else start["step"]
+    if any(not done < step <= config.steps for step in config.search_again):
+        raise ValueError(
+            f"search_again must name steps of this run, after {done} and up to "
+            f"steps={config.steps}; got {config.search_again}."
+        )
+    dense = config.stop_at_transition if scheduled else start is None and not run.arrived_sparse
+    if dense:
+        raise ValueError(
+            "search_again finds the patterns of a sparse model anew, and this one is dense to its "
+            "last step; give a schedule that goes on after the transition, the start of a sparse "
+            "phase, or a model with patterns; got "
+            f"schedule={config.schedule}, stop_at_transition={config.stop_at_transition}."
         )
 
 

@@ -82,6 +82,13 @@ def test_search_is_the_plain_search(settings, under_jit):
     assert bool(pattern.valid().all())
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_no_block_above_the_diagonal_is_listed_however_sums_round(seed):
+    maps = score_maps(3, 2, causal=True, seed=seed)
+    mask = mass.search(maps, block=BLOCK, cover=1.0, causal=True).to_block_mask()
+    assert not (mask & ~np.tri(LENGTH // BLOCK, dtype=bool)).any()
+
+
 @pytest.mark.parametrize("length", [64, 61])
 def test_mass_is_the_plain_mass_and_rows_add_up_to_one(length):
     maps = score_maps(2, 1, length=length)

@@ -140,6 +140,35 @@ def test_what_does_not_fit_a_call_is_refused(changes, batch, message):
 
 
 def test_a_second_search_needs_a_search():
+    model = killed_run.make_model()
+    nn.set_patterns(model, patterns.diagonal(32, block=8))
     config = dataclasses.replace(CALLS, schedule=None, search_again=(12,))
     with pytest.raises(ValueError, match="search_again needs find_patterns"):
-        train(1, config=config, find_patterns=None)
+        train(1, model=model, config=config, find_patterns=None)
+
+
+def test_a_model_with_patterns_of_its_own_is_searched_anew():
+    model = killed_run.make_model()
+    nn.set_patterns(model, patterns.diagonal(32, block=8))
+    config = dataclasses.replace(CALLS, schedule=None, search_again=(12,))
+    result = train(1, model=model, config=config)
+    assert result.patterns.density().mean() > 0.25
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"search_again": (0,)}, r"must name steps of this run, after 0 and up to.*got \(0,\)"),
+    ({"search_again": (12, 20)}, r"after 0 and up to steps=16; got \(12, 20\)"),
+    ({"schedule": None}, "this one is dense to its last step.*schedule=None"),
+    ({"stop_at_transition": True}, "this one is dense to its last step.*stop_at_transition=True"),
+])  # fmt: skip
+def test_a_second_search_that_never_comes_is_refused(changes, message):
+    config = dataclasses.replace(CALLS, **({"search_again": (12,)} | changes))
+    with pytest.raises(ValueError, match=message):
+        train(1, config=config)
+
+
+def test_a_second_search_comes_after_the_start():
+    start = train(4).transition
+    config = dataclasses.replace(CALLS, search_again=(TRANSITION,))
+    with pytest.raises(ValueError, match="after 8 and up to steps=16"):
+        train(1, config=config, start=start)
