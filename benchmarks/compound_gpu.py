@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--name", default="compound_gpu", help="of the result")
     args = parser.parse_args()
     need(*{name for peer in args.peers for name in PACKAGES.get(peer, ())})
-    results = Results(args.name, resume=args.resume)
+    results = Results(args.name + "_quick" * args.quick, resume=args.resume)
     print(f"pattern, length, tiles, blocks | forward ms, x {', x '.join(PEERS)} | and backward")
     for name, batch, heads, pattern in cases(args):
         if args.only not in name:

@@ -176,7 +176,7 @@ def main() -> None:
     if set(args.peers) & set(TORCH):
         need("torch", *["transformers"] * any("huggingface" in peer for peer in args.peers))
     size, shapes = (SMALL, ["512x1", "512x2"]) if args.quick else (SIZES, args.shapes)
-    results = Results(args.name, resume=args.resume)
+    results = Results(args.name + "_quick" * args.quick, resume=args.resume)
     model = Longformer(
         config_of(size, max(int(shape.split("x")[0]) for shape in shapes)),
         max_global=size["globals"], implementation=args.implementation, dtype=jnp.bfloat16,

@@ -181,7 +181,7 @@ def real(args) -> None:
         row["bfloat16_as_near"] = bool(
             runs["ours_bfloat16"]["relative"][-2] < 1.5 * low["relative"][-2]
         )
-        save("longformer_parity", rows)
+        save("longformer_parity" + "_quick" * args.quick, rows)
     if not all(row["same"] and row["bfloat16_as_near"] for row in rows):
         raise SystemExit("not the same; see the results")
 
