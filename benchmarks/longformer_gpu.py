@@ -1,8 +1,9 @@
-"""Longformer-large end to end on this machine's GPU: what sliced attention is worth to a model.
+r"""Longformer-large end to end on this machine's GPU: what sliced attention is worth to a model.
 
     python benchmarks/longformer_gpu.py
     python benchmarks/longformer_gpu.py --resume --peers huggingface sdpa sdpa_compiled
-    python benchmarks/longformer_gpu.py --quick --implementation xla --dense xla   # without a GPU
+    python benchmarks/longformer_gpu.py --quick --implementation xla --dense xla \
+        --peers block_mask dense                                                # without a GPU
 
 Inference in bfloat16 with random weights: 24 layers of 1024 features, 16 heads, feed-forward layers
 of 4096, window 256 to either side, 64 scattered global tokens drawn for every document.
