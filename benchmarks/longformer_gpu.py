@@ -146,7 +146,7 @@ def time_torch(peer: str, shapes: list[str], size: dict, results: Results) -> No
             if line.startswith("{"):
                 found = json.loads(line)
                 key = found.pop("shape")
-                results.add(key, peer, found | {"seconds": time.perf_counter() - begin})
+                results.add(begin, key, peer, found)
                 show(results.rows[key], peer)
                 begin = time.perf_counter()
     if process.returncode:
@@ -158,7 +158,7 @@ def show(row: dict, part: str) -> None:
     time, mine = found.get("forward_ms", nan), row.get("ours", {}).get("forward_ms", nan)
     gib = found.get("bytes", found.get("peak_bytes", nan)) / 2**30
     told = found.get("error", f"{time:9.2f} ms, {time / mine:6.2f} x ours, {gib:6.2f} GiB")
-    print(f"{row['key']:9s} {part:21s} {told[:150]} ({found['seconds']:.0f} s)", flush=True)
+    print(f"{row['key']:9s} {part:21s} {told[:150]} ({found['took']:.0f} s)", flush=True)
 
 
 def main() -> None:
