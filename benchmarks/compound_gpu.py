@@ -132,7 +132,7 @@ def parts(batch: int, heads: int, pattern, args) -> dict:
         "block_mask": lambda: time(block, rounded(pattern)),
         "flex": lambda: dict(zip(
             ("forward_ms", "both_ms"), flex_compound(batch, heads, FEATURES, pattern), strict=True
-        )) | {"torch": importlib.metadata.version("torch")},
+        )) | {"versions": {"torch": importlib.metadata.version("torch")}},
     }  # fmt: skip
     if pattern.bands:  # Longformer's
         chosen = np.broadcast_to(np.asarray(pattern.is_row()), (batch, length))

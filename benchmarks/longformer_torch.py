@@ -10,6 +10,7 @@ compilation serves them all.
 """
 
 import argparse
+import importlib.metadata
 import json
 
 import torch
@@ -101,6 +102,9 @@ def main() -> None:
     args, vocab = parser.parse_args(), 50265
     on_gpu = args.device == "cuda"
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    versions = {"torch": torch.__version__}
+    if args.model == "huggingface":
+        versions["transformers"] = importlib.metadata.version("transformers")
     model, layers = make(args, max(length for length, _ in shapes), vocab)
     if args.compile:
         # Past the limit layers would run eagerly, and silently.
@@ -120,8 +124,8 @@ def main() -> None:
                 found["error"] = f"{type(error).__name__}: {error}"[:500]
         if on_gpu:
             found["peak_bytes"] = torch.cuda.max_memory_allocated()
-        found["torch"] = torch.__version__
-        print(json.dumps({"shape": f"{length}x{batch}", **found}), flush=True)
+        found |= {"shape": f"{length}x{batch}", "versions": versions}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
