@@ -9,38 +9,20 @@ A result that is not there yet has a line that says so; a dash is a figure that 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 from compound_gpu import PEERS, qds, ratio
 from compound_gpu import longformer as drawn
 from matplotlib.figure import Figure
-from report_attention import number, table
+from report import DOCS, number, origin, read, table
 
 import sparsax
 from sparsax.patterns import compound
 
-HERE = Path(__file__).parent
 KINDS = {"forward_ms": "forward", "both_ms": "forward + backward"}
 NAMES = {"dense": "dense cuDNN", "block_mask": "block mask", "flex": "FlexAttention",
          "huggingface": "Hugging Face"}  # fmt: skip
-
-
-def record(name: str) -> dict | None:
-    path = HERE / "results" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def source(name: str, found: dict) -> str:
-    """Where figures come from."""
-    versions = dict(found["versions"])
-    for part in (part for row in found["rows"] for part in row.values()):
-        if isinstance(part, dict) and "torch" in part:
-            versions["torch"] = part["torch"]
-    told = ", ".join(f"{package} {version}" for package, version in versions.items())
-    return (f"`{found['command']}` on one {found['device']}, commit {found['commit']}, {told}: "
-            f"`benchmarks/results/{name}.json`.")  # fmt: skip
 
 
 def finite(x: float) -> str:
@@ -121,7 +103,7 @@ def picture(rows: list[dict]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
+    parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args()
     text = [
         "# Compound attention",
@@ -137,9 +119,9 @@ def main() -> None:
         "## Tiles of 64 x 64, counted as shares of all", counted(),
         "## Attention on a GPU",
     ]  # fmt: skip
-    if found := record("compound_gpu"):
+    if found := read("compound_gpu"):
         text += [
-            source("compound_gpu", found),
+            origin("compound_gpu", found),
             "bfloat16, heads of 64 features; Longformer's window is 256 to either side, QDS's 64. "
             "`x` says how many times as long a peer takes: dense cuDNN without a mask; our "
             "block-sparse kernel over the blocks of 64 that hold a pair; FlexAttention with "
@@ -151,9 +133,9 @@ def main() -> None:
     else:
         text.append("Not measured yet.")
     text.append("## Longformer-large, end to end")
-    if found := record("longformer_gpu"):
+    if found := read("longformer_gpu"):
         text += [
-            source("longformer_gpu", found),
+            origin("longformer_gpu", found),
             "Inference in bfloat16 with 64 scattered global tokens; `x` says how many times as "
             "long the same model takes with attention over blocks of 64 that hold a pair "
             "(`block_mask`, which stands for DeepSpeed), with dense cuDNN attention (`dense`), "
@@ -163,9 +145,9 @@ def main() -> None:
     else:
         text.append("Not measured yet.")
     text.append("## Parity with Hugging Face's Longformer")
-    if found := record("longformer_parity"):
+    if found := read("longformer_parity"):
         text += [
-            source("longformer_parity", found),
+            origin("longformer_parity", found),
             "Relative L2 of hidden states against Hugging Face's in float32; random weights, "
             "scattered global tokens, the second document padded.", parity(found["rows"]),
         ]  # fmt: skip
