@@ -66,9 +66,9 @@ class Dense(nnx.Module):
 class Rounded(Dense):
     """Stands for it with the pairs rounded to blocks."""
 
-    def __init__(self, layer, attend, blocks: sparsax.BlockPattern):
+    def __init__(self, layer, attend, blocks: Pattern):
         super().__init__(layer, attend)
-        self.blocks = Pattern(blocks)
+        self.blocks = blocks
 
     def pattern(self, *_, **__):
         """The blocks."""
@@ -104,15 +104,18 @@ def with_attention(kind: str, model: Longformer, size: dict, chosen, args) -> Lo
     model = nnx.merge(*nnx.split(model))
     if kind == "ours":
         return model
-    positions, length = np.flatnonzero(np.asarray(chosen[0]))[None], chosen.shape[1]
-    exact = sparsax.patterns.compound.longformer(length, window=size["window"], positions=positions)
-    dense = partial(jax.nn.dot_product_attention, implementation=args.dense)
-    sparse = partial(sparsax.block_sparse_attention, implementation=args.implementation)
-    for layer in model.layers:
-        own = layer.attention
-        layer.attention = (
-            Dense(own, dense) if kind == "dense" else Rounded(own, sparse, rounded(exact))
+    if kind == "dense":
+        attend = partial(jax.nn.dot_product_attention, implementation=args.dense)
+        stand_in = partial(Dense, attend=attend)
+    else:
+        positions = np.flatnonzero(np.asarray(chosen[0]))[None]
+        exact = sparsax.patterns.compound.longformer(
+            chosen.shape[1], window=size["window"], positions=positions
         )
+        attend = partial(sparsax.block_sparse_attention, implementation=args.implementation)
+        stand_in = partial(Rounded, attend=attend, blocks=Pattern(rounded(exact)))  # of all layers
+    for layer in model.layers:
+        layer.attention = stand_in(layer.attention)
     return model
 
 
@@ -156,7 +159,9 @@ def time_torch(peer: str, shapes: list[str], size: dict, results: Results) -> No
 def show(row: dict, part: str) -> None:
     nan, found = float("nan"), row[part]
     time, mine = found.get("forward_ms", nan), row.get("ours", {}).get("forward_ms", nan)
-    gib = found.get("bytes", found.get("peak_bytes", nan)) / 2**30
+    # PyTorch's peak counts the parameters, too.
+    own = found.get("bytes", nan) + found.get("parameter_bytes", nan)
+    gib = found.get("peak_bytes", own) / 2**30
     told = found.get("error", f"{time:9.2f} ms, {time / mine:6.2f} x ours, {gib:6.2f} GiB")
     print(f"{row['key']:9s} {part:21s} {told[:150]} ({found['took']:.0f} s)", flush=True)
 
@@ -195,6 +200,7 @@ def main() -> None:
         lacking = [shape for shape in shapes if results.lacks(shape, peer)]
         if lacking:
             time_torch(peer, lacking, size, results)
+    results.end("ours")
 
 
 if __name__ == "__main__":

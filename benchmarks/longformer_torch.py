@@ -2,11 +2,11 @@
 
     python benchmarks/longformer_torch.py --model huggingface --shapes 4096x1 4096x4
 
-`longformer_gpu.py` starts it, in a process of its own, so that the GPU's memory is one library's at
-a time. bfloat16, random weights, no gradients. `huggingface` is transformers' Longformer with
-global tokens drawn for every document; `sdpa` a dense encoder with PyTorch's flash attention.
-With `--compile` every layer goes through torch.compile, as is recommended for equal layers: one
-compilation serves them all.
+`longformer_gpu.py` starts it, in its own process, whose peak of memory is PyTorch's alone; what
+JAX took before stays with the parent, so that PyTorch has less than the whole GPU. bfloat16, random
+weights, no gradients. `huggingface` is transformers' Longformer with global tokens drawn for every
+document; `sdpa` a dense encoder with PyTorch's flash attention. With `--compile` every layer goes
+through torch.compile, as is recommended for equal layers: one compilation serves them all.
 """
 
 import argparse

@@ -28,8 +28,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def origin(name: str, record: dict) -> str:
     """Where the figures of a result come from: every command, commit and version in it."""
-    rows = record["rows"]
-    parts = [*rows, *(x for row in rows for x in row.values() if isinstance(x, dict))]
+    parts = [x for row in record["rows"] for x in (row, *row.values()) if isinstance(x, dict)]
     # Those of the record are the last run's: they stand for what does not tell its own.
     told = lambda key: list(dict.fromkeys(x[key] for x in parts if key in x)) or [record[key]]
     versions = {package: [version] for package, version in record["versions"].items()}

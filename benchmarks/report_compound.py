@@ -5,14 +5,15 @@
     PYTHONPATH=. python benchmarks/longformer_parity.py real
     uv run python benchmarks/report_compound.py       # anywhere (needs the `plots` extra)
 
-A result that is not there yet has a line that says so; a dash is a figure that a result lacks.
+A result that is not there yet has a line that says so; a dash is a figure that a result lacks, and
+one that failed says so.
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
-from compound_gpu import PEERS, qds, ratio
+from compound_gpu import PEERS, beside, qds, ratio
 from compound_gpu import longformer as drawn
 from matplotlib.figure import Figure
 from report import DOCS, number, origin, read, table
@@ -25,8 +26,11 @@ NAMES = {"dense": "dense cuDNN", "block_mask": "block mask", "flex": "FlexAttent
          "huggingface": "Hugging Face"}  # fmt: skip
 
 
-def finite(x: float) -> str:
-    return number(x if np.isfinite(x) else None)
+def told(x: float, *parts: dict) -> str:
+    """A figure made of parts of a row; a dash where one was not measured."""
+    if not all(parts):
+        return "-"
+    return "failed" if any("error" in part for part in parts) else number(x)
 
 
 def counted() -> str:
@@ -54,9 +58,11 @@ def speed(rows: list[dict]) -> str:
     for row in rows:
         line = [row["name"], f"{row['length']:,}", f"{row['batch']} x {row['heads']}",
                 f"{row['tiles']:.3f}", f"{row['blocks']:.3f}"]  # fmt: skip
+        part = lambda name, row=row: row.get(name, {})
         for kind in KINDS:
-            line.append(finite(row.get("ours", {}).get(kind, np.nan)))
-            line += [finite(ratio(row, peer, kind)) for peer in PEERS]
+            line.append(told(part("ours").get(kind, np.nan), part("ours")))
+            line += [told(ratio(row, peer, kind), part(peer), part(beside(peer)))
+                     for peer in PEERS]  # fmt: skip
         cells.append(line)
     return table(head, cells)
 
@@ -66,11 +72,12 @@ def model(rows: list[dict]) -> str:
     head = ["length", "batch", "ms", *(f"x {peer}" for peer in peers), "GiB", "dense GiB"]
     cells = []
     for row in rows:
-        get = lambda part, key, row=row: row.get(part, {}).get(key, np.nan)
+        part = lambda name, row=row: row.get(name, {})
+        get = lambda name, key, part=part: part(name).get(key, np.nan)
         mine = get("ours", "forward_ms")
-        line = [f"{row['length']:,}", str(row["batch"]), finite(mine)]
-        line += [finite(get(peer, "forward_ms") / mine) for peer in peers]
-        cells.append(line + [finite(get(x, "bytes") / 2**30) for x in ("ours", "dense")])
+        line = [f"{row['length']:,}", str(row["batch"]), told(mine, part("ours"))]
+        line += [told(get(x, "forward_ms") / mine, part(x), part("ours")) for x in peers]
+        cells.append(line + [told(get(x, "bytes") / 2**30, part(x)) for x in ("ours", "dense")])
     return table(head, cells)
 
 
@@ -126,7 +133,8 @@ def main() -> None:
             "`x` says how many times as long a peer takes: dense cuDNN without a mask; our "
             "block-sparse kernel over the blocks of 64 that hold a pair; FlexAttention with "
             "exactly these pairs, autotuned; Hugging Face's self-attention beside our layer, "
-            "projections included in both. A dash was not measured.",
+            "projections included in both. A dash was not measured; where it says failed, one of "
+            "the two ran out of memory or could not be compiled, as the result's file tells.",
             "![Times as long as ours](compound_gpu.png)", speed(found["rows"]),
         ]  # fmt: skip
         picture(found["rows"]).savefig(args.docs / "compound_gpu.png", dpi=120)
@@ -140,7 +148,8 @@ def main() -> None:
             "long the same model takes with attention over blocks of 64 that hold a pair "
             "(`block_mask`, which stands for DeepSpeed), with dense cuDNN attention (`dense`), "
             "PyTorch's dense encoder (`sdpa`) and Hugging Face's Longformer. GiB are what XLA "
-            "reserves beside the parameters.", model(found["rows"]),
+            "reserves beside the parameters. A dash was not measured; where it says failed, one "
+            "of the two ran out of memory or could not be compiled.", model(found["rows"]),
         ]  # fmt: skip
     else:
         text.append("Not measured yet.")

@@ -71,6 +71,15 @@ class Results:
             print(f"{key}, {part}: {found['error'][:200]}", flush=True)
         self.add(begin, key, part, found)
 
+    def end(self, *parts: str) -> None:
+        """Ends the run as failed where one of these parts, which are no peers, failed in a row."""
+        failed = [
+            f"{part} of {key}" for key, row in self.rows.items() for part in parts
+            if "error" in row.get(part, {})
+        ]  # fmt: skip
+        if failed:
+            raise SystemExit(f"failed: {', '.join(failed)}; the result says why")
+
 
 class Rows:
     """Rows told apart by some of their fields; every new one is saved at once.
