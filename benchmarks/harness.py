@@ -1,5 +1,6 @@
 """Timing, memory and the record that every result file starts with."""
 
+import functools
 import json
 import os
 import platform
@@ -35,13 +36,10 @@ def measure(function, *args, repeats: int = 5) -> dict[str, float]:
 
 
 def save(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
-    """Writes `NAME.json` in the folder with what is needed to read it later.
-
-    The environment's GIT_COMMIT names the commit where the code runs outside of its repository.
-    """
+    """Writes `NAME.json` in the folder with what is needed to read it later."""
     record = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": os.environ.get("GIT_COMMIT") or _commit(),
+        "command": command(),
+        "commit": commit(),
         "device": jax.devices()[0].device_kind,
         "cores": len(jax.devices()) if jax.default_backend() != "cpu" else _cores(),
         "versions": {
@@ -56,7 +54,19 @@ def save(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
     return path
 
 
-def _commit() -> str:
+def command() -> str:
+    """What runs."""
+    return " ".join(["python", *sys.argv])
+
+
+@functools.cache
+def commit() -> str:
+    """The commit that runs, and whether the package differs from it.
+
+    The environment's GIT_COMMIT names it where the code runs outside of its repository.
+    """
+    if told := os.environ.get("GIT_COMMIT"):
+        return told
     package = Path(__file__).parents[1] / "sparsax"
     ask = lambda *x: subprocess.run(["git", *x], cwd=package, capture_output=True, text=True).stdout
     changes = "+changes" if ask("status", "--porcelain", ".") else ""

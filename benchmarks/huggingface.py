@@ -1,12 +1,14 @@
 """Hugging Face's Longformer self-attention in PyTorch, as a peer."""
 
+from typing import Any
+
 import numpy as np
 from gpu import queued_milliseconds
 
 
 def longformer_attention(
     chosen: np.ndarray, heads: int, features: int, window: int
-) -> dict[str, float | str]:
+) -> dict[str, Any]:
     """Milliseconds of forward alone and of forward and backward, projections among them.
 
     bfloat16; gradients are those of the input and of all parameters. Its output projection is
@@ -19,6 +21,7 @@ def longformer_attention(
         window: one-sided.
     """
     import torch
+    import transformers
     from transformers import LongformerConfig
     from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
@@ -46,5 +49,5 @@ def longformer_attention(
         alone = queued_milliseconds(lambda: forward(x), wait, calls=5)
     return {
         "forward_ms": alone, "both_ms": queued_milliseconds(both, wait, calls=5),
-        "torch": torch.__version__,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }  # fmt: skip

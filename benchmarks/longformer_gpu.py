@@ -1,8 +1,9 @@
-"""Longformer-large end to end on this machine's GPU: what sliced attention is worth to a model.
+r"""Longformer-large end to end on this machine's GPU: what sliced attention is worth to a model.
 
     python benchmarks/longformer_gpu.py
     python benchmarks/longformer_gpu.py --resume --peers huggingface sdpa sdpa_compiled
-    python benchmarks/longformer_gpu.py --quick --implementation xla --dense xla   # without a GPU
+    python benchmarks/longformer_gpu.py --quick --implementation xla --dense xla \
+        --peers block_mask dense                                                # without a GPU
 
 Inference in bfloat16 with random weights: 24 layers of 1024 features, 16 heads, feed-forward layers
 of 4096, window 256 to either side, 64 scattered global tokens drawn for every document.
@@ -65,9 +66,9 @@ class Dense(nnx.Module):
 class Rounded(Dense):
     """Stands for it with the pairs rounded to blocks."""
 
-    def __init__(self, layer, attend, blocks: sparsax.BlockPattern):
+    def __init__(self, layer, attend, blocks: Pattern):
         super().__init__(layer, attend)
-        self.blocks = Pattern(blocks)
+        self.blocks = blocks
 
     def pattern(self, *_, **__):
         """The blocks."""
@@ -103,15 +104,18 @@ def with_attention(kind: str, model: Longformer, size: dict, chosen, args) -> Lo
     model = nnx.merge(*nnx.split(model))
     if kind == "ours":
         return model
-    positions, length = np.flatnonzero(np.asarray(chosen[0]))[None], chosen.shape[1]
-    exact = sparsax.patterns.compound.longformer(length, window=size["window"], positions=positions)
-    dense = partial(jax.nn.dot_product_attention, implementation=args.dense)
-    sparse = partial(sparsax.block_sparse_attention, implementation=args.implementation)
-    for layer in model.layers:
-        own = layer.attention
-        layer.attention = (
-            Dense(own, dense) if kind == "dense" else Rounded(own, sparse, rounded(exact))
+    if kind == "dense":
+        attend = partial(jax.nn.dot_product_attention, implementation=args.dense)
+        stand_in = partial(Dense, attend=attend)
+    else:
+        positions = np.flatnonzero(np.asarray(chosen[0]))[None]
+        exact = sparsax.patterns.compound.longformer(
+            chosen.shape[1], window=size["window"], positions=positions
         )
+        attend = partial(sparsax.block_sparse_attention, implementation=args.implementation)
+        stand_in = partial(Rounded, attend=attend, blocks=Pattern(rounded(exact)))  # of all layers
+    for layer in model.layers:
+        layer.attention = stand_in(layer.attention)
     return model
 
 
@@ -145,7 +149,7 @@ def time_torch(peer: str, shapes: list[str], size: dict, results: Results) -> No
             if line.startswith("{"):
                 found = json.loads(line)
                 key = found.pop("shape")
-                results.add(key, peer, found | {"seconds": time.perf_counter() - begin})
+                results.add(begin, key, peer, found)
                 show(results.rows[key], peer)
                 begin = time.perf_counter()
     if process.returncode:
@@ -155,9 +159,11 @@ def time_torch(peer: str, shapes: list[str], size: dict, results: Results) -> No
 def show(row: dict, part: str) -> None:
     nan, found = float("nan"), row[part]
     time, mine = found.get("forward_ms", nan), row.get("ours", {}).get("forward_ms", nan)
-    gib = found.get("bytes", found.get("peak_bytes", nan)) / 2**30
+    # PyTorch's peak counts the parameters, too.
+    own = found.get("bytes", nan) + found.get("parameter_bytes", nan)
+    gib = found.get("peak_bytes", own) / 2**30
     told = found.get("error", f"{time:9.2f} ms, {time / mine:6.2f} x ours, {gib:6.2f} GiB")
-    print(f"{row['key']:9s} {part:21s} {told[:150]} ({found['seconds']:.0f} s)", flush=True)
+    print(f"{row['key']:9s} {part:21s} {told[:150]} ({found['took']:.0f} s)", flush=True)
 
 
 def main() -> None:
@@ -176,7 +182,7 @@ def main() -> None:
     if set(args.peers) & set(TORCH):
         need("torch", *["transformers"] * any("huggingface" in peer for peer in args.peers))
     size, shapes = (SMALL, ["512x1", "512x2"]) if args.quick else (SIZES, args.shapes)
-    results = Results(args.name, resume=args.resume)
+    results = Results(args.name + "_quick" * args.quick, resume=args.resume)
     model = Longformer(
         config_of(size, max(int(shape.split("x")[0]) for shape in shapes)),
         max_global=size["globals"], implementation=args.implementation, dtype=jnp.bfloat16,
@@ -194,6 +200,7 @@ def main() -> None:
         lacking = [shape for shape in shapes if results.lacks(shape, peer)]
         if lacking:
             time_torch(peer, lacking, size, results)
+    results.end("ours")
 
 
 if __name__ == "__main__":

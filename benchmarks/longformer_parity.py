@@ -36,6 +36,7 @@ from tests.longformer_reference import random_weights
 
 VECTORS = Path(__file__).parents[1] / "tests" / "data" / "longformer_parity.safetensors"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 SMALL = {
     "vocab_size": 60, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 66, "attention_window": [16, 8],
@@ -143,10 +144,9 @@ def vectors(args) -> None:
             arrays |= {f"{name}/hidden_states/{i}": x for i, x in enumerate(want[:-1])}
             arrays[f"{name}/pooled"] = want[-1]
         config = json.loads((Path(folder) / "config.json").read_text())
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     metadata = {
         "config": json.dumps(config), "cases": json.dumps(list(cases)),
-        "versions": json.dumps(versions),
+        "versions": json.dumps(VERSIONS),
     }  # fmt: skip
     narrow = lambda x: x.astype(np.int32) if x.dtype == np.int64 else np.ascontiguousarray(x)
     out = args.out or VECTORS
@@ -170,7 +170,8 @@ def real(args) -> None:
             runs = {"hugging_face_bfloat16": low}
             for dtype in ("float32", "bfloat16"):
                 runs[f"ours_{dtype}"] = differences(ours(folder, inputs, jnp.dtype(dtype)), want)
-        row = {"size": name, "length": length, "seconds": time.perf_counter() - begin, **runs}
+        took = time.perf_counter() - begin
+        row = {"size": name, "length": length, "took": took, "versions": VERSIONS, **runs}
         rows.append(row)
         for run, found in runs.items():
             worst, last = max(found["relative"]), found["relative"][-2]
@@ -181,7 +182,7 @@ def real(args) -> None:
         row["bfloat16_as_near"] = bool(
             runs["ours_bfloat16"]["relative"][-2] < 1.5 * low["relative"][-2]
         )
-        save("longformer_parity", rows)
+        save("longformer_parity" + "_quick" * args.quick, rows)
     if not all(row["same"] and row["bfloat16_as_near"] for row in rows):
         raise SystemExit("not the same; see the results")
 

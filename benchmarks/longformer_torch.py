@@ -2,14 +2,15 @@
 
     python benchmarks/longformer_torch.py --model huggingface --shapes 4096x1 4096x4
 
-`longformer_gpu.py` starts it, in a process of its own, so that the GPU's memory is one library's at
-a time. bfloat16, random weights, no gradients. `huggingface` is transformers' Longformer with
-global tokens drawn for every document; `sdpa` a dense encoder with PyTorch's flash attention.
-With `--compile` every layer goes through torch.compile, as is recommended for equal layers: one
-compilation serves them all.
+`longformer_gpu.py` starts it, in its own process, whose peak of memory is PyTorch's alone; what
+JAX took before stays with the parent, so that PyTorch has less than the whole GPU. bfloat16, random
+weights, no gradients. `huggingface` is transformers' Longformer with global tokens drawn for every
+document; `sdpa` a dense encoder with PyTorch's flash attention. With `--compile` every layer goes
+through torch.compile, as is recommended for equal layers: one compilation serves them all.
 """
 
 import argparse
+import importlib.metadata
 import json
 
 import torch
@@ -101,6 +102,9 @@ def main() -> None:
     args, vocab = parser.parse_args(), 50265
     on_gpu = args.device == "cuda"
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    versions = {"torch": torch.__version__}
+    if args.model == "huggingface":
+        versions["transformers"] = importlib.metadata.version("transformers")
     model, layers = make(args, max(length for length, _ in shapes), vocab)
     if args.compile:
         # Past the limit layers would run eagerly, and silently.
@@ -120,8 +124,8 @@ def main() -> None:
                 found["error"] = f"{type(error).__name__}: {error}"[:500]
         if on_gpu:
             found["peak_bytes"] = torch.cuda.max_memory_allocated()
-        found["torch"] = torch.__version__
-        print(json.dumps({"shape": f"{length}x{batch}", **found}), flush=True)
+        found |= {"shape": f"{length}x{batch}", "versions": versions}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

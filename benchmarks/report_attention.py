@@ -14,23 +14,13 @@ from pathlib import Path
 
 import numpy as np
 from gpu import BLOCK
+from harness import RESULTS
 from matplotlib.figure import Figure
+from report import DOCS, number, origin, table
 
-HERE = Path(__file__).parent
 DENSITY = 0.1  # of the crossover and of the picture
 SHARE = f"{100 * DENSITY:.0f} %"
 KINDS = {"forward_ms": ("forward", 2), "both_ms": ("forward + backward", 7)}  # products of each
-
-
-def number(x: float | None) -> str:
-    """Three digits, or a dash."""
-    if x is None:
-        return "-"
-    return f"{x:,.0f}" if x >= 100 else f"{x:.{max(0, 2 - int(np.floor(np.log10(x))))}f}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def ratio(row: dict, peer: str, kind: str) -> float | None:
@@ -162,18 +152,15 @@ def picture(rows: list[dict]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "attention_gpu.json")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
+    parser.add_argument("--results", type=Path, default=RESULTS / "attention_gpu.json")
+    parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args()
     record = json.loads(args.results.read_text())
     rows, found = record["rows"], re.search(r"--heads (\d+)", record["command"])
     heads = int(found[1]) if found else 16
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     text = [
         "# Block-sparse attention on a GPU",
-        "Written by `benchmarks/report_attention.py` from `benchmarks/results/"
-        f"{args.results.name}`: `{record['command']}` on one {record['device']}, commit "
-        f"{record['commit']}, {versions}.",
+        "Written by `benchmarks/report_attention.py` from " + origin(args.results.stem, record),
         f"bfloat16, batch 1, {heads} heads, patterns per head in blocks of 128. TFLOP/s count the "
         "listed blocks alone. `x dense` and `x Flex` say how many times as long dense cuDNN and "
         "PyTorch's FlexAttention (autotuned, the same block mask) take; a dash was not measured.",

@@ -5,46 +5,32 @@
     PYTHONPATH=. python benchmarks/longformer_parity.py real
     uv run python benchmarks/report_compound.py       # anywhere (needs the `plots` extra)
 
-A result that is not there yet has a line that says so; a dash is a figure that a result lacks.
+A result that is not there yet has a line that says so; a dash is a figure that a result lacks, and
+one that failed says so.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
-from compound_gpu import PEERS, qds, ratio
+from compound_gpu import PEERS, beside, qds, ratio
 from compound_gpu import longformer as drawn
 from matplotlib.figure import Figure
-from report_attention import number, table
+from report import DOCS, number, origin, read, table
 
 import sparsax
 from sparsax.patterns import compound
 
-HERE = Path(__file__).parent
 KINDS = {"forward_ms": "forward", "both_ms": "forward + backward"}
 NAMES = {"dense": "dense cuDNN", "block_mask": "block mask", "flex": "FlexAttention",
          "huggingface": "Hugging Face"}  # fmt: skip
 
 
-def record(name: str) -> dict | None:
-    path = HERE / "results" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def source(name: str, found: dict) -> str:
-    """Where figures come from."""
-    versions = dict(found["versions"])
-    for part in (part for row in found["rows"] for part in row.values()):
-        if isinstance(part, dict) and "torch" in part:
-            versions["torch"] = part["torch"]
-    told = ", ".join(f"{package} {version}" for package, version in versions.items())
-    return (f"`{found['command']}` on one {found['device']}, commit {found['commit']}, {told}: "
-            f"`benchmarks/results/{name}.json`.")  # fmt: skip
-
-
-def finite(x: float) -> str:
-    return number(x if np.isfinite(x) else None)
+def told(x: float, *parts: dict) -> str:
+    """A figure made of parts of a row; a dash where one was not measured."""
+    if not all(parts):
+        return "-"
+    return "failed" if any("error" in part for part in parts) else number(x)
 
 
 def counted() -> str:
@@ -72,9 +58,11 @@ def speed(rows: list[dict]) -> str:
     for row in rows:
         line = [row["name"], f"{row['length']:,}", f"{row['batch']} x {row['heads']}",
                 f"{row['tiles']:.3f}", f"{row['blocks']:.3f}"]  # fmt: skip
+        part = lambda name, row=row: row.get(name, {})
         for kind in KINDS:
-            line.append(finite(row.get("ours", {}).get(kind, np.nan)))
-            line += [finite(ratio(row, peer, kind)) for peer in PEERS]
+            line.append(told(part("ours").get(kind, np.nan), part("ours")))
+            line += [told(ratio(row, peer, kind), part(peer), part(beside(peer)))
+                     for peer in PEERS]  # fmt: skip
         cells.append(line)
     return table(head, cells)
 
@@ -84,11 +72,12 @@ def model(rows: list[dict]) -> str:
     head = ["length", "batch", "ms", *(f"x {peer}" for peer in peers), "GiB", "dense GiB"]
     cells = []
     for row in rows:
-        get = lambda part, key, row=row: row.get(part, {}).get(key, np.nan)
+        part = lambda name, row=row: row.get(name, {})
+        get = lambda name, key, part=part: part(name).get(key, np.nan)
         mine = get("ours", "forward_ms")
-        line = [f"{row['length']:,}", str(row["batch"]), finite(mine)]
-        line += [finite(get(peer, "forward_ms") / mine) for peer in peers]
-        cells.append(line + [finite(get(x, "bytes") / 2**30) for x in ("ours", "dense")])
+        line = [f"{row['length']:,}", str(row["batch"]), told(mine, part("ours"))]
+        line += [told(get(x, "forward_ms") / mine, part(x), part("ours")) for x in peers]
+        cells.append(line + [told(get(x, "bytes") / 2**30, part(x)) for x in ("ours", "dense")])
     return table(head, cells)
 
 
@@ -121,7 +110,7 @@ def picture(rows: list[dict]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
+    parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args()
     text = [
         "# Compound attention",
@@ -137,35 +126,37 @@ def main() -> None:
         "## Tiles of 64 x 64, counted as shares of all", counted(),
         "## Attention on a GPU",
     ]  # fmt: skip
-    if found := record("compound_gpu"):
+    if found := read("compound_gpu"):
         text += [
-            source("compound_gpu", found),
+            origin("compound_gpu", found),
             "bfloat16, heads of 64 features; Longformer's window is 256 to either side, QDS's 64. "
             "`x` says how many times as long a peer takes: dense cuDNN without a mask; our "
             "block-sparse kernel over the blocks of 64 that hold a pair; FlexAttention with "
             "exactly these pairs, autotuned; Hugging Face's self-attention beside our layer, "
-            "projections included in both. A dash was not measured.",
+            "projections included in both. A dash was not measured; where it says failed, one of "
+            "the two ran out of memory or could not be compiled, as the result's file tells.",
             "![Times as long as ours](compound_gpu.png)", speed(found["rows"]),
         ]  # fmt: skip
         picture(found["rows"]).savefig(args.docs / "compound_gpu.png", dpi=120)
     else:
         text.append("Not measured yet.")
     text.append("## Longformer-large, end to end")
-    if found := record("longformer_gpu"):
+    if found := read("longformer_gpu"):
         text += [
-            source("longformer_gpu", found),
+            origin("longformer_gpu", found),
             "Inference in bfloat16 with 64 scattered global tokens; `x` says how many times as "
             "long the same model takes with attention over blocks of 64 that hold a pair "
             "(`block_mask`, which stands for DeepSpeed), with dense cuDNN attention (`dense`), "
             "PyTorch's dense encoder (`sdpa`) and Hugging Face's Longformer. GiB are what XLA "
-            "reserves beside the parameters.", model(found["rows"]),
+            "reserves beside the parameters. A dash was not measured; where it says failed, one "
+            "of the two ran out of memory or could not be compiled.", model(found["rows"]),
         ]  # fmt: skip
     else:
         text.append("Not measured yet.")
     text.append("## Parity with Hugging Face's Longformer")
-    if found := record("longformer_parity"):
+    if found := read("longformer_parity"):
         text += [
-            source("longformer_parity", found),
+            origin("longformer_parity", found),
             "Relative L2 of hidden states against Hugging Face's in float32; random weights, "
             "scattered global tokens, the second document padded.", parity(found["rows"]),
         ]  # fmt: skip

@@ -10,19 +10,14 @@ learning rates a way has the row of the lowest validation loss, whose rate the t
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
+from harness import RESULTS
 from matplotlib.figure import Figure
-from report_attention import number, table
+from report import DOCS, number, origin, read, table
 
-HERE = Path(__file__).parent
 SCORES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
-
-
-def read(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def best_rates(rows: list[dict]) -> dict[str, list[dict]]:
@@ -117,12 +112,6 @@ def picture(ways: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def origin(record: dict) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return (f"`{record['command']}` on one {record['device']}, commit {record['commit']}, "
-            f"{versions}.")  # fmt: skip
-
-
 def of_model(record: dict | None) -> list[str]:
     if record is None:
         return []
@@ -132,17 +121,17 @@ def of_model(record: dict | None) -> list[str]:
     return [
         f"The model: {facts['parameters']:,} parameters in {facts['style']}'s style, pre-trained "
         f"for {facts['step']} steps on IMDB reviews ({facts['valid_bits_per_byte']:.3f} bits per "
-        f"byte of held-out ones{speed}): {origin(record)}"
+        f"byte of held-out ones{speed}): {origin('pretrain_lm', record)}"
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--name", default="finetune_e2e", help="of the study's result")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
+    parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args()
-    found = lambda name: read(args.results / f"{name}.json")
+    found = lambda name: read(name, args.results)
     record, scores = found(args.name), found("e2e_metrics")
     text = ["# Fine-tuning", "Written by `benchmarks/report_finetuning.py`; ways and columns are "
             "explained in `benchmarks/finetune_e2e_gpu.py` and `spt_block_gpu.py`."]  # fmt: skip
@@ -152,15 +141,18 @@ def main() -> None:
         text.append("Not measured yet.")
     else:
         ways = best_rates(record["rows"])
-        text += [origin(record), "![Losses, and loss against time](finetuning.png)", study(ways)]
+        text += [origin(args.name, record), "![Losses, and loss against time](finetuning.png)",
+                 study(ways)]  # fmt: skip
         text.append("### Sentences of the test set")
         text.append("Not scored yet." if scores is None else quality(ways, scores["rows"]))
         picture(ways).savefig(args.docs / "finetuning.png", dpi=120)
     for name, title in (("spt_block_gpu", "One block, 16 sequences of 512"),
                         ("spt_block_long_gpu", "One block, long sequences")):  # fmt: skip
         text.append(f"## {title}")
-        measured = found(name)
-        text += ["Not measured yet."] if measured is None else [origin(measured), blocks(measured)]
+        if (measured := found(name)) is None:
+            text.append("Not measured yet.")
+        else:
+            text += [origin(name, measured), blocks(measured)]
     (args.docs / "finetuning.md").write_text("\n\n".join(text) + "\n")
     print(args.docs / "finetuning.md")
 

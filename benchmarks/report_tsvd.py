@@ -9,28 +9,10 @@ A result that is not there has a sentence that says so.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from harness import RESULTS
 from matplotlib.figure import Figure
-from report_attention import number, table
-
-DOCS = RESULTS.parents[1] / "docs"
-
-
-def read(name: str) -> dict | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def origin(name: str, record: dict) -> str:
-    """Where the figures of a result come from."""
-    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
-    return (
-        f"`benchmarks/results/{name}.json`: `{record['command']}` on one {record['device']}, "
-        f"commit {record['commit']}, {versions}."
-    )
+from report import DOCS, number, origin, read, table
 
 
 def missing(name: str) -> str:

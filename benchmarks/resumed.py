@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 import jax
-from harness import RESULTS, save
+from harness import RESULTS, command, commit, save
 
 
 def read(name: str) -> list[dict]:
@@ -25,6 +25,12 @@ def need(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise SystemExit(f"this needs {', '.join(missing)}: install it, or leave its peers out.")
+
+
+def stamp(begin: float) -> dict:
+    """Where one measurement comes from: a result that was resumed has several commands, commits."""
+    took = round(time.perf_counter() - begin, 1)
+    return {"took": took, "command": command(), "commit": commit()}
 
 
 class Results:
@@ -48,9 +54,9 @@ class Results:
         found = self.rows.get(key, {}).get(part)
         return found is None or "error" in found
 
-    def add(self, key: str, part: str, measured: dict) -> None:
-        """Stores a part and saves all."""
-        self.row(key)[part] = measured
+    def add(self, begin: float, key: str, part: str, measured: dict) -> None:
+        """Stores a part with its `stamp` and saves all."""
+        self.row(key)[part] = measured | stamp(begin)
         save(self.name, list(self.rows.values()))
 
     def measure(self, key: str, part: str, measured: Callable[[], dict]) -> None:
@@ -63,7 +69,16 @@ class Results:
         except RuntimeError as error:  # out of memory, or what a compiler cannot do
             found = {"error": f"{type(error).__name__}: {error}"[:500]}
             print(f"{key}, {part}: {found['error'][:200]}", flush=True)
-        self.add(key, part, found | {"seconds": time.perf_counter() - begin})
+        self.add(begin, key, part, found)
+
+    def end(self, *parts: str) -> None:
+        """Ends the run as failed where one of these parts, which are no peers, failed in a row."""
+        failed = [
+            f"{part} of {key}" for key, row in self.rows.items() for part in parts
+            if "error" in row.get(part, {})
+        ]  # fmt: skip
+        if failed:
+            raise SystemExit(f"failed: {', '.join(failed)}; the result says why")
 
 
 class Rows:
@@ -84,8 +99,8 @@ class Rows:
         return any(all(row[k] == fields[k] for k in self.key) for row in self.rows)
 
     def add(self, begin: float, row: dict) -> dict:
-        """Saves a row, with the seconds since `begin` that it took."""
-        row["took"] = round(time.perf_counter() - begin, 1)
+        """Saves a row with its `stamp`."""
+        row |= stamp(begin)
         self.rows.append(row)
         save(self.name, self.rows)
         return row
