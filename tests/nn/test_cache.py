@@ -97,11 +97,12 @@ def test_refusals():
     opt = model_of("opt", [])
     with pytest.raises(ValueError, match="no more than the config's length=32; got 33"):
         opt.empty_cache(1, 33)
-    for options in ({}, {"keep": 6}):
-        kind = sparsax.nn.TopLAttention if options else sparsax.nn.SparseAttention
-        layer = kind(4, 32, causal=False, rngs=nnx.Rngs(0), **options)
+    for layer in (
+        sparsax.nn.SparseAttention(4, 32, rngs=nnx.Rngs(0)),
+        sparsax.nn.TopLAttention(4, 32, keep=6, rngs=nnx.Rngs(0)),
+    ):
         cache = KVCache.empty(layer, 1, 16, jnp.float32)
-        told = rf"needs causal attention, .*; got {kind.__name__} with causal=False\."
+        told = rf"needs causal attention, .*; got {type(layer).__name__} with causal=False\."
         with pytest.raises(ValueError, match=told):
             attend_cached(layer, jnp.ones((1, 2, 32)), cache, jnp.zeros(1, jnp.int32))
     sparsax.nn.set_patterns(opt, sparsax.patterns.causal(32, block=16))
