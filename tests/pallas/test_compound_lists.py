@@ -22,9 +22,10 @@ def admitted(c, keys_in_rows):
         lists, is_leaf=lambda a: a is None))  # fmt: skip
     bounds = x.kv_bounds if keys_in_rows else x.q_bounds
     block_row, block_col = (x.block_kv, x.block_q) if keys_in_rows else (x.block_q, x.block_kv)
-    along_row, along_col = reversed(keys.places) if keys_in_rows else keys.places
-    pad = lambda y, fill: np.pad(y, ((0, 0), (0, 256)), constant_values=fill)
-    along_row, along_col = pad(along_row, -2), pad(along_col, -3)
+    of_queries, of_keys = keys.places
+    pad = lambda y, fill: np.pad(y, ((0, 0), (0, 0), (0, 256)), constant_values=fill)
+    along = pad(of_queries[:, None], -2), pad(of_keys, -3)
+    along_row, along_col = reversed(along) if keys_in_rows else along
     where = np.asarray(keys.slots)
     found = np.zeros((x.B, x.N, 2 * x.T + x.kv_rows + 512, x.kv_rows + 512), int)
     for b, n, r in np.ndindex(x.B, x.N, count.shape[1]):
@@ -40,7 +41,7 @@ def admitted(c, keys_in_rows):
                     word = bits[p, r, entry] >> (np.arange(ROWS) // block_row)
                     listed = jnp.broadcast_to(((word & 1) == 1)[:, None], kept.shape)
                 kept = np.asarray(bounds.rule.keep(
-                    jnp.asarray(along_row[b, row]), jnp.asarray(along_col[b, col]), listed,
+                    jnp.asarray(along_row[b, :, row]), jnp.asarray(along_col[b, :, col]), listed,
                     kept.shape))  # fmt: skip
             at = found[b, n]
             if keys_in_rows:

@@ -146,8 +146,12 @@ def _operands(lists, table, ids, packed):
     operands = [table, lists.full, lists.count, lists.cols]
     operands += [] if lists.bits is None else [lists.bits]
     if ids[0] is not None:
-        # Lengths that a copy of whole tiles can read; no padded id equals another one.
-        for each, fill in zip(ids, (-2, -3), strict=True):
-            padded = ((0, 0), (0, -each.shape[1] % ROWS))
+        of_queries, of_keys = ids
+        if of_keys.ndim == 2:
+            of_keys = of_keys[:, None]
+        # Lengths that a copy of whole tiles can read, and a row tile of keys that stand for absent
+        # ones; no padded id equals another one.
+        for each, fill, more in ((of_queries, -2, 0), (of_keys, -3, ROWS)):
+            padded = *((0, 0),) * (each.ndim - 1), (0, -each.shape[-1] % ROWS + more)
             operands.append(jnp.pad(each, padded, constant_values=fill))
     return [*operands, *packed]

@@ -51,7 +51,14 @@ MASKED = TABLE | {
     128: Config(Tiling(128, 2, row_slots=2), Tiling(64, 3, row_slots=2), Tiling(64, 2)),
 }
 
+# Where places say which pairs attend, as in compound attention: short lists, most tiles masked.
+PLACED = MASKED | {
+    64: Config(Tiling(128, 3, row_slots=2), Tiling(64, 8, turns=True, row_slots=2),
+               Tiling(64, 6, row_slots=2)),
+}  # fmt: skip
+
 
 def best_config(problem: Problem, masked: bool) -> Config:
     """The configuration for a problem."""
-    return (MASKED if masked else TABLE)[problem.H]
+    table = TABLE if not masked else MASKED if problem.rule is None else PLACED
+    return table[problem.H]

@@ -6,6 +6,7 @@ split row leave as float32 sums, which `combine.py` adds in order.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -176,9 +177,8 @@ def dkv_kernel(
                 keys, values = k_smem.at[place, wg], v_smem.at[place, wg]
                 first_row = jnp.maximum(item.row, 0) * ROWS + row_in_tile
                 rows = pl.ds(first_row, WG_ROWS)
-                row_ids = None
-                if x.ids:
-                    row_ids = plgpu.load(lists.kv_ids.at[b, rows], layout=ROW, optimized=False)
+                load = functools.partial(plgpu.load, layout=ROW, optimized=False)
+                row_ids = tuple(load(lists.kv_ids.at[b, i, rows]) for i in range(x.key_ids))
 
                 def visit_head(walk: _HeadWalk, carry):
                     index = walk.pattern_head, jnp.maximum(item.row, 0)
@@ -202,7 +202,7 @@ def dkv_kernel(
                             weights = jnp.exp2(s * gain - per_col(of_cols(lse_smem), s.shape))
                             if found is None:
                                 return weights
-                            ids = (row_ids, of_cols(ids_smem)) if x.ids else None
+                            ids = (row_ids, (of_cols(ids_smem),)) if x.ids else None
                             kept = masks.keep(columns, found, first_row, x.block_kv, ids)
                             return jnp.where(kept, weights, 0.0)
 

@@ -207,9 +207,9 @@ def forward_kernel(
         v_smem=shared((stages, tile, x.H), x.dtype),
         o_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype) if roomy else None,
         lse_smem=plgpu.SMEM((COMPUTE, WG_ROWS), jnp.float32),
-        ids_smem=plgpu.SMEM((stages, tile), jnp.int32) if x.ids else None,
+        ids_smem=plgpu.SMEM((stages, x.key_ids, tile), jnp.int32) if x.ids else None,
         q_bars=Ring.barriers(row_slots, COMPUTE),
-        k_bars=Ring.barriers(stages, columns.gather * (2 if x.ids else 1)),
+        k_bars=Ring.barriers(stages, columns.gather * (1 + x.key_ids)),
         v_bars=Ring.barriers(stages, columns.gather),
         turn_bars=Turns.barrier(turns),
     )

@@ -7,7 +7,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.block_sparse.problem import Columns
-from sparsax.pallas.hopper import MATRIX, WG_ROWS, per_col, per_row
+from sparsax.pallas.block_sparse.tiles import Bounds
+from sparsax.pallas.hopper import MATRIX, ROW, WG_ROWS, per_col, per_row
 
 NOWHERE = 1 << 30  # the position of a piece that no row may see
 
@@ -18,6 +19,8 @@ def pieces(columns: Columns, cols_ref, bits_ref, index, count, tile, row_in_tile
     `index` selects the row tile's list. `row_in_tile` is the warpgroup's first row in it.
     """
     starts, words = [], []
+    if columns.ids_say_all:
+        return starts, words
     for piece in range(columns.gather):
         entry = columns.entry(tile, piece)
         there = entry < count
@@ -38,20 +41,17 @@ def pieces(columns: Columns, cols_ref, bits_ref, index, count, tile, row_in_tile
 
 def keep(columns: Columns, found, first_row, block_row: int, ids: tuple[Any, Any] | None):
     """Boolean `[64, tile]`: the pairs of a warpgroup's rows and a tile's columns that attend."""
-    starts, words = found
     shape, bounds = (WG_ROWS, columns.tile), columns.bounds
+    if columns.ids_say_all:
+        return bounds.rule.keep(*ids, None, shape)
+    starts, words = found
     iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
     row, lane = iota(0), iota(1)
     col = lane + starts[0]
     for piece in range(1, columns.gather):
         begin = piece * columns.width
         col = jnp.where(lane < begin, col, lane + (starts[piece] - begin))
-    kept = col < bounds.cols
-    gap = col - (row + first_row)
-    if bounds.before is not None:
-        kept &= gap >= -bounds.before
-    if bounds.after is not None:
-        kept &= gap <= bounds.after
+    kept = _within(bounds, col, first_row)
     listed = None
     if block_row < WG_ROWS or (bounds.rule is not None and bounds.rule.blocks):
         word = _select(lane, words, columns.width)
@@ -62,9 +62,30 @@ def keep(columns: Columns, found, first_row, block_row: int, ids: tuple[Any, Any
         return kept & bounds.rule.keep(*ids, listed, shape)
     kept = kept if listed is None else kept & listed
     if ids is not None:
-        rows, cols = ids
+        (rows,), (cols,) = ids
         kept &= per_row(rows, shape) == per_col(cols, shape)
     return kept
+
+
+def _within(bounds: Bounds, col, first_row):
+    """Whether columns exist and lie within a row's bounds.
+
+    Of a row's first and last column one comparison makes both: the distance to the first goes round
+    in numbers of 32 bits, moved by half of them because they have signs.
+    """
+    if bounds.before is None and bounds.after is None:
+        return col < bounds.cols
+    row = first_row + plgpu.broadcasted_iota(jnp.int32, (WG_ROWS,), 0, layout=ROW)
+    last = jnp.full_like(row, bounds.cols - 1)
+    if bounds.after is not None:
+        last = jnp.minimum(last, row + bounds.after)
+    if bounds.before is None:
+        return col <= per_row(last, col.shape)
+    first = jnp.maximum(row - bounds.before, 0)
+    none = last < first
+    first, length = jnp.where(none, -1, first), jnp.where(none, 0, last - first)
+    half = lambda x: x + jnp.int32(-(2**31))
+    return col - per_row(half(first), col.shape) <= per_row(half(length), col.shape)
 
 
 def _select(lane, values, width):

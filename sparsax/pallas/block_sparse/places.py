@@ -1,8 +1,9 @@
 """Which pairs attend by the places of query and key in the sequence, where places are data.
 
-A kernel with a `Rule` reads, in place of ids, the place of every query and a mark of every key: its
-place and what it is. Keys may stand twice, as themselves and packed behind the sequence together
-with other keys that all queries see; every pair then belongs to one of the two.
+A kernel with a `Rule` reads, in place of ids, the place of every query, and of every key what
+`Rule.of_keys` makes of its mark: its place and what it is. Keys may stand twice, as themselves and
+packed behind the sequence together with other keys that all queries see; every pair then belongs to
+one of the two.
 """
 
 import dataclasses
@@ -38,12 +39,16 @@ class Rule:
     keys_in_rows: bool = False
 
     def keep(self, rows, cols, listed, shape: tuple[int, ...]):
-        """Boolean matrix of the pairs that attend, from the vectors of its rows and columns."""
+        """Boolean matrix of the pairs that attend, from the vectors of its rows and columns.
+
+        Those are one of queries, their places, and those of keys that `of_keys` gives.
+        """
         along_q, along_k = (per_col, per_row) if self.keys_in_rows else (per_row, per_col)
-        places, marks = (cols, rows) if self.keys_in_rows else (rows, cols)
-        if self._one_range:
-            first, length = self._range(marks)
+        (places,), keys = (cols, rows) if self.keys_in_rows else (rows, cols)
+        if self.one_range:
+            first, length = keys
             return along_q(places, shape) - along_k(first, shape) <= along_k(length, shape)
+        (marks,) = keys
         gap = along_k(marks & (STRIDE - 1), shape) - along_q(places, shape)
         marks = along_k(marks, shape)
         kept: Any = None
@@ -61,18 +66,24 @@ class Rule:
         return kept
 
     @property
-    def _one_range(self) -> bool:
+    def one_range(self) -> bool:
         """Whether every key is seen by places of one range, cyclic ones among them."""
         if self.blocks or len(self.bands) != 1:
             return False
         return not (self.packed and self.causal) or self.bands[0][1] == 0
 
-    def _range(self, marks):
-        """`(first, length)` of every key: seen by the place q if `q - first <= length`.
+    def of_keys(self, marks):
+        """What the kernels read of keys: their marks, `[..., 1, keys]`, or with one range two.
 
-        In numbers of 32 bits, which go round: first is moved by half of them, so that it is one
-        comparison. What a packed key's band leaves is such a range as well.
+        These are `(first, length)`: the place q sees the key if `q - first <= length`, in numbers
+        of 32 bits, which go round: first is moved by half of them, so that one comparison does.
+        What a packed key's band leaves is such a range as well.
         """
+        if not self.one_range:
+            return marks[..., None, :]
+        return jnp.stack(self._range(marks), -2)
+
+    def _range(self, marks):
         (left, right), half = self.bands[0], 1 << 31
         place = marks & (STRIDE - 1)
         first, length = place - wrapped(right - half), left + right - half

@@ -42,6 +42,11 @@ class Problem:
         return self.packed_from + self.packed if self.packed else self.S
 
     @property
+    def key_ids(self) -> int:
+        """How many ids a key has: 0, or as many as the rule reads."""
+        return 0 if not self.ids else 2 if self.rule is not None and self.rule.one_range else 1
+
+    @property
     def owners(self) -> int:
         """Pattern heads of all samples with counts of their own: where there are lists to walk."""
         return self.samples * self.P
@@ -89,6 +94,14 @@ class Columns:
     def width(self) -> int:
         """Columns of a tile that lie together in memory."""
         return min(self.block, self.tile)
+
+    @property
+    def ids_say_all(self) -> bool:
+        """Whether what the ids say of a pair is all there is to ask, absent pieces among it."""
+        rule = self.bounds.rule
+        if rule is None or not rule.one_range:
+            return False
+        return not rule.keys_in_rows or self.gather == 1
 
     def masked(self, bits: bool) -> bool:
         """Whether any tile may need a mask: then the kernel has a second loop for those."""

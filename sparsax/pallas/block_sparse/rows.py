@@ -4,6 +4,7 @@ The forward pass and dQ both hold a row tile of queries and walk the key blocks 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -131,7 +132,13 @@ class QueryTiles:
                 k_ring.reserve(step)
                 bring(of_head(k), k_smem, k_ring, of_head(lists.k_packed))
                 if ids_smem is not None:
-                    bring(lambda rows: lists.kv_ids.at[b, rows], ids_smem, k_ring)
+                    nowhere = lists.kv_ids.shape[-1] - ROWS
+                    places = stream.absent(columns, begins, count, t, nowhere)
+                    for i in range(x.key_ids):
+                        stream.copy(
+                            columns, places, lambda cols, i=i: lists.kv_ids.at[b, i, cols],
+                            ids_smem.at[slot, i], k_ring.filled.at[slot],
+                        )  # fmt: skip
                 v_ring.reserve(step)
                 bring(of_head(v), v_smem, v_ring, of_head(lists.v_packed))
 
@@ -149,10 +156,11 @@ class QueryTiles:
         row_in_tile = wg * WG_ROWS
         first_row = jnp.maximum(work.row, 0) * ROWS + row_in_tile
         at, count = (work.pattern_head, jnp.maximum(work.row, 0)), jnp.maximum(work.count, 0)
-        row_ids = None
+        row_ids = ()
         if x.ids:
             rows = pl.ds(first_row, WG_ROWS)
-            row_ids = plgpu.load(lists.q_ids.at[work.sample, rows], layout=ROW, optimized=False)
+            load = functools.partial(plgpu.load, layout=ROW, optimized=False)
+            row_ids = (load(lists.q_ids.at[work.sample, rows]),)
 
         def find(tile):
             return masks.pieces(
@@ -160,7 +168,8 @@ class QueryTiles:
             )
 
         def kept(found, ids_ref):
-            ids = (row_ids, plgpu.load(ids_ref, layout=COL)) if x.ids else None
+            of_keys = lambda: tuple(plgpu.load(ids_ref.at[i], layout=COL) for i in range(x.key_ids))
+            ids = (row_ids, of_keys()) if x.ids else None
             return masks.keep(self.columns, found, first_row, x.block_q, ids)
 
         return find, kept

@@ -19,6 +19,16 @@ def starts(columns: Columns, cols_ref, index, count, tile) -> list[Any]:
     ]
 
 
+def absent(columns: Columns, begins, count, tile, nowhere: int) -> list[Any]:
+    """The same, but `nowhere` for pieces past the list's end."""
+    if columns.gather == 1:
+        return begins
+    return [
+        jnp.where(columns.entry(tile, piece) < count, begin, nowhere)
+        for piece, begin in enumerate(begins)
+    ]
+
+
 def copy(columns: Columns, begins, source, slot_ref, filled, packed=None, packed_from=0) -> None:
     """Starts the copies of a tile's pieces; `source` gives the memory of a run of columns.
 

@@ -63,7 +63,7 @@ class Keys:
 
     @property
     def places(self):
-        """What the rule reads: places of queries `[B, T]` and marks of keys `[B, kv_rows]`."""
+        """What the rule reads: places of queries `[B, T]` and of keys `[B, 1 or 2, kv_rows]`."""
         x = self.problem
         # NumPy, so that what is not data is a constant of the program.
         tokens = np.broadcast_to(np.arange(x.T, dtype=np.int32), (x.B, x.T))
@@ -79,7 +79,8 @@ class Keys:
             real = lambda i, m: m.at[i & (STRIDE - 1)].get(mode="fill", fill_value=False)
             mask = jnp.broadcast_to(self.pattern.token_mask, (x.samples, x.T))
             marks = jnp.where(jax.vmap(real)(marks, mask), marks, NOWHERE)
-        return jnp.asarray(tokens), jnp.broadcast_to(marks, (x.B, marks.shape[-1]))
+        read = rule_of(self.pattern).of_keys(jnp.asarray(marks))
+        return jnp.asarray(tokens), jnp.broadcast_to(read, (x.B, *read.shape[1:]))
 
     def pack(self, *arrays):
         """What the arrays `[B, T, K, H]` hold at the packed keys, zeros where there is none."""
@@ -92,16 +93,17 @@ class Keys:
     def unpack(self, x):
         """Gradients `[B, kv_rows, K, H]` as `[B, T, K, H]`: each token adds that of its copy.
 
-        Only the few rows that have a copy are written again, each once: no atomics.
+        In place, and only where a token has a copy, each once: no atomics.
         """
-        own, copies = x[:, : self.problem.T], x[:, self.problem.packed_from :]
-        if not self.problem.packed:
-            return own
-        at = jnp.broadcast_to(self.slots, (self.problem.B, self.problem.packed))
+        p = self.problem
+        if not p.packed:
+            return x
+        at = jnp.broadcast_to(self.slots, (p.B, p.packed))
 
-        def add(own, copies, at):
-            theirs = own.at[at].get(mode="fill", fill_value=0, unique_indices=True)
-            total = theirs.astype(jnp.float32) + copies.astype(jnp.float32)
-            return own.at[at].set(total.astype(x.dtype), mode="drop", unique_indices=True)
+        def add(x, at):
+            own = x.at[at].get(mode="fill", fill_value=0, unique_indices=True)
+            copies = x[p.packed_from : p.kv_rows]
+            total = own.astype(jnp.float32) + copies.astype(jnp.float32)
+            return x.at[at].set(total.astype(x.dtype), mode="drop", unique_indices=True)
 
-        return jax.vmap(add)(own, copies[:, : self.problem.packed], at)
+        return jax.vmap(add)(x, at)[:, : p.T]

@@ -109,10 +109,10 @@ class _Rows:
     @property
     def places(self):
         """What the rule reads, places of queries and marks of keys."""
-        shape = self.batch, self.pattern.seq_len
+        x, shape = self.problem, (self.batch, self.pattern.seq_len)
         marks = jnp.asarray(self.cut(np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)))
         marks = marks if self.keys is None else jnp.where(self.keys, marks, NOWHERE)
-        return self.repeat(self.slots), marks
+        return self.repeat(self.slots), x.rule.of_keys(marks)
 
     @property
     def query_lists(self) -> TileLists:
