@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import typing
 
 import jax
@@ -159,6 +160,15 @@ def test_the_fused_kernel_matches_the_reference_on_the_gpu(c, monkeypatch):
     forward_is_near(c)
 
 
+BACKWARD = {"hidden", "dhidden", "dx", "du", "dv"}
+FORWARD = {"fused": {"fused"}, "products": {"hidden", "out"}}
+
+
+def kernels(text):
+    """The names of the kernels in a lowered program."""
+    return set(re.findall(r"tsvd_(\w+?)_mosaic_gpu", text))
+
+
 FITS = list(itertools.product((64, 192, 256, 512), (16, 32, 96, 128), ("bfloat16", "float16")))
 
 
@@ -179,15 +189,17 @@ def lower(size, rank, dtype, rows=200, num_out=5):
 
 @pytest.mark.parametrize(("size", "rank", "dtype"), FITS)
 def test_the_kernels_lower_forward_and_backward(size, rank, dtype):
+    text = lower(size, rank, dtype)
     # Two forward; x u again, its gradient, dx, du and dv.
-    assert lower(size, rank, dtype).count("stablehlo.custom_call @mosaic_gpu") == 7
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 7
+    assert kernels(text) == FORWARD["products"] | BACKWARD
 
 
 @pytest.mark.parametrize(("size", "rank"), list(itertools.product((64, 256), (64, 128))))
 def test_the_fused_kernel_lowers(size, rank):
     text = lower(size, rank, "bfloat16", rows=8192, num_out=8)
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 6
-    assert "tsvd_fused" in text
+    assert kernels(text) == FORWARD["fused"] | BACKWARD
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
@@ -196,8 +208,8 @@ def test_activations_lower_in_the_epilogue(activation, schedule):
     with pallas.lowering():
         run = jax.jit(lambda *a: tsvd_matmul(*a, activation, implementation="pallas"))
         text = run.trace(x, factors, bias).lower(lowering_platforms=("cuda",)).as_text()
-    kernels = {"fused": 1, "products": 2}[schedule]
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == kernels
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == len(FORWARD[schedule])
+    assert kernels(text) == FORWARD[schedule]
     assert not any(
         name in text for name in ("stablehlo.tanh", "stablehlo.logistic", "stablehlo.maximum")
     )
@@ -227,7 +239,8 @@ def test_gradients_lower_within_transformations(model, schedule):
     loss = lambda *a: (model(*a).astype(jnp.float32) ** 2).sum()
     with pallas.lowering():
         step = jax.jit(jax.grad(loss, (0, 1))).trace(of(512, 256), factors)
-        assert "mosaic_gpu" in step.lower(lowering_platforms=("cuda",)).as_text()
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert kernels(text) == FORWARD[schedule] | BACKWARD
 
 
 @pytest.mark.parametrize(
