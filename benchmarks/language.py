@@ -160,6 +160,6 @@ def save_model(model: LanguageModel, folder: Path) -> None:
 def load_model(folder: Path, dtype) -> LanguageModel:
     """The model that `save_model` wrote, to compute in a dtype."""
     config = DecoderConfig(**json.loads((folder / "config.json").read_text()) | {"dtype": dtype})
-    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
     load_adapters(folder / "model.safetensors", model, wrt=nnx.Param)
     return model
