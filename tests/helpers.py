@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import sparsax
 
@@ -178,3 +179,32 @@ def assert_near(got, want, tolerance: float, name: str, least: float = 1e-30) ->
     got, want = (np.where(np.isneginf(x), 0.0, x) for x in (got, want))
     error = np.linalg.norm(got - want) / max(np.linalg.norm(want), least)
     assert error <= tolerance, f"{name}: relative L2 error {error:.2e} > {tolerance:.0e}"
+
+
+def with_biases[M: nnx.Module](model: M) -> M:
+    """The model with a random number in every bias, changed in place.
+
+    New layers have biases of zero, which show neither that one was left out nor that two were
+    exchanged.
+    """
+    rng, state = np.random.default_rng(0), nnx.to_flat_state(nnx.state(model, nnx.Param))
+    draw = lambda old: old.replace(jnp.asarray(rng.standard_normal(old.shape), old.dtype))
+    drawn = [(path, draw(old)) for path, old in state if path[-1] == "bias"]
+    assert drawn, "the model has no bias"
+    nnx.update(model, nnx.from_flat_state(drawn))
+    return model
+
+
+def assert_gradients_near(got: nnx.State, want: nnx.State, tolerance: float) -> None:
+    """Gradients of a model with attention: near for every parameter, and of none zero.
+
+    But for biases of keys: they shift all logits of a row alike, and theirs is a rest of rounding.
+    """
+    found = nnx.to_flat_state(got)
+    for (path, a), (_, b) in zip(found, nnx.to_flat_state(want), strict=True):
+        name, a, b = ".".join(map(str, path)), a[...], b[...]
+        if path[-2] in ("key", "key_global") and path[-1] == "bias":
+            assert float(jnp.linalg.norm(a)) < 1e-4, name
+            continue
+        assert float(jnp.linalg.norm(b)) > 1e-4, name
+        assert_near(a, b, tolerance, name)

@@ -69,7 +69,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"config.json must describe .* got {'hidden_act': 'relu'"):
         Bert.from_folder(tmp_path)
     write(intermediate_size=512)
-    with pytest.raises(ValueError, match=r"must be \(512, 384\) by config.json; got \(1536"):
+    with pytest.raises(ValueError, match=r"\(384, 512\) by config.json; got \(384, 1536"):
         Bert.from_folder(tmp_path)
     write(num_hidden_layers=1)
     weights = load_file(tmp_path / "model.safetensors")

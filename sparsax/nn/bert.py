@@ -116,27 +116,4 @@ class Bert(nnx.Module):
         kind = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
         config = read_config(folder, BertConfig, kind)
         make = lambda: cls(config, rngs=nnx.Rngs(0))
-        return read_model(folder, make, _name_of, prefix="bert.")
-
-
-# Where a module's weights stand in a published model.
-_PREFIXES = {
-    "tokens": "embeddings.word_embeddings",
-    "positions": "embeddings.position_embeddings",
-    "types": "embeddings.token_type_embeddings",
-    "norm": "embeddings.LayerNorm",
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "out": "attention.output.dense",
-    "norm1": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "norm2": "output.LayerNorm",
-}
-
-
-def _name_of(path: tuple) -> str:
-    *layer, module, leaf = path
-    prefix = f"encoder.layer.{layer[1]}." if layer else ""
-    return f"{prefix}{_PREFIXES[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+        return read_model(folder, make, prefix="bert.")

@@ -51,15 +51,16 @@ def attend_cached(
 
     Args:
         layer: dense `SparseAttention`, `TopLAttention` of tokens, or another with the projections
-            `query`, `key`, `value`, `out` and an attribute `rotary`.
+            `query`, `key`, `value`, `out` and attributes `rotary` and `causal`, which must be True.
         x: the new tokens, at positions `start` to `start + t - 1`.
         cache: of the tokens before; what stands at `start` and after is overwritten, or not seen.
         start: position of each sequence's first new token.
 
     Raises:
+        ValueError: the layer is not causal: its tokens see what comes after them.
         NotImplementedError: the layer attends over blocks.
     """
-    _refuse_blocks(layer)
+    _check(layer)
     positions = start[:, None] + jnp.arange(x.shape[1])
     q, k, v = layer.query(x), layer.key(x), layer.value(x)
     if layer.rotary is not None:
@@ -98,7 +99,12 @@ def _best_keys(codes: Codes, positions: Int[Array, "B t"], keep: int) -> Bool[Ar
     return (found >= 0) & (numbers >= least)
 
 
-def _refuse_blocks(layer: typing.Any) -> None:
+def _check(layer: typing.Any) -> None:
+    if not layer.causal:
+        raise ValueError(
+            "decoding with a cache needs causal attention, causal=True: tokens in the cache do not "
+            f"see those that come later; got {type(layer).__name__} with causal={layer.causal}."
+        )
     pattern = getattr(layer, "pattern", None)
     blocks = pattern is not None and pattern.get_value() is not None
     if blocks or getattr(layer, "select", "tokens") == "blocks":

@@ -199,6 +199,7 @@ class LanguageModel(nnx.Module):
             start: position of each sequence's first new token.
 
         Raises:
+            ValueError: a layer of attention is not causal.
             NotImplementedError: a layer of attention has a pattern, or selects blocks.
 
         Example:

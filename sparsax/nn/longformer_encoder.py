@@ -222,30 +222,4 @@ class Longformer(nnx.Module):
         kind = {"hidden_act": "gelu", "position_embedding_type": "absolute"}
         config = read_config(folder, LongformerConfig, {"model_type": "longformer"} | kind)
         make = lambda: cls(config, rngs=nnx.Rngs(0), **options)
-        return read_model(folder, make, _name_of, prefix="longformer.")
-
-
-# Where a module's weights stand in a published model.
-_PREFIXES = {
-    "tokens": "embeddings.word_embeddings",
-    "positions": "embeddings.position_embeddings",
-    "types": "embeddings.token_type_embeddings",
-    "norm": "embeddings.LayerNorm",
-    "pooler": "pooler.dense",
-    "attention.out": "attention.output.dense",
-    "norm1": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "norm2": "output.LayerNorm",
-}
-
-
-def _name_of(path: tuple) -> str:
-    *modules, leaf = path
-    prefix = ""
-    if modules[0] == "layers":
-        prefix, modules = f"encoder.layer.{modules[1]}.", modules[2:]
-    module = ".".join(modules)
-    # What is not listed is a projection of attention, by the same name.
-    place = _PREFIXES.get(module, module.replace("attention.", "attention.self."))
-    return f"{prefix}{place}.{'bias' if leaf == 'bias' else 'weight'}"
+        return read_model(folder, make, prefix="longformer.")

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array
-
-from sparsax.typing import ArrayLike
 
 
 def read_config(folder: str | os.PathLike, cls: type, kind: Mapping[str, Any]) -> Any:
@@ -36,11 +34,7 @@ def read_config(folder: str | os.PathLike, cls: type, kind: Mapping[str, Any]) -
 
 
 def read_model[M: nnx.Module](
-    folder: str | os.PathLike,
-    make: Callable[[], M],
-    name_of: Callable[[tuple[Any, ...]], str],
-    *,
-    prefix: str,
+    folder: str | os.PathLike, make: Callable[[], M], *, prefix: str
 ) -> M:
     """The model with the weights of `model.safetensors`, in the dtypes that `make` gives them.
 
@@ -49,7 +43,6 @@ def read_model[M: nnx.Module](
     Args:
         folder: holds the file.
         make: makes the model; it is made in the abstract: no random numbers for what is read.
-        name_of: the weight's name by its path in the model.
         prefix: what names begin with in files of models with a head.
 
     Raises:
@@ -59,30 +52,58 @@ def read_model[M: nnx.Module](
     from safetensors.numpy import load_file
 
     model = nnx.eval_shape(make)
-    state = nnx.to_flat_state(nnx.state(model))
+    modules = dict(nnx.iter_modules(model))
     weights = load_file(Path(folder) / "model.safetensors")
-    read = [
-        (path, old.replace(_weight(weights, name_of(path), prefix, path[-1], old)))
-        for path, old in state
-    ]
+    read = []
+    for path, old in nnx.to_flat_state(nnx.state(model)):
+        shape = _shape_in_file(modules[path[:-1]], path[-1], old.shape)
+        weight = _weight(weights, _name_of(path), prefix, shape)
+        weight = weight.T if path[-1] == "kernel" else weight
+        read.append((path, old.replace(jnp.asarray(weight.reshape(old.shape), old.dtype))))
     nnx.update(model, nnx.from_flat_state(read))
     return model
 
 
-def _weight(weights: Mapping[str, ArrayLike], name: str, prefix: str, leaf: Any, old) -> Array:
+# Where the weights of a module of that name stand in a file.
+_PLACES = {
+    "tokens": "embeddings.word_embeddings",
+    "positions": "embeddings.position_embeddings",
+    "types": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "query_global": "attention.self.query_global",
+    "key_global": "attention.self.key_global",
+    "value_global": "attention.self.value_global",
+    "out": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm2": "output.LayerNorm",
+    "pooler": "pooler.dense",
+}
+
+
+def _name_of(path: tuple[Any, ...]) -> str:
+    layer = f"encoder.layer.{path[1]}." if path[0] == "layers" else ""
+    return f"{layer}{_PLACES[path[-2]]}.{'bias' if path[-1] == 'bias' else 'weight'}"
+
+
+def _shape_in_file(module: Any, leaf: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """PyTorch's shape of a leaf: kernels are [F, D], and heads are not split from features."""
+    if leaf == "kernel":
+        return int(np.prod(module.out_features)), int(np.prod(module.in_features))
+    return shape if leaf == "embedding" else (math.prod(shape),)
+
+
+def _weight(
+    weights: Mapping[str, np.ndarray], name: str, prefix: str, shape: tuple[int, ...]
+) -> np.ndarray:
     found = name if name in weights else prefix + name
     if found not in weights:
         raise ValueError(f"the weights must hold {name!r}; it is missing.")
     weight = weights[found]
-    weight = weight.T if leaf == "kernel" else weight  # PyTorch stores [F, D]
-    shapes = _joined(old.shape) if leaf in ("kernel", "bias") else [old.shape]
-    if weight.shape not in shapes:
-        raise ValueError(f"{found!r} must be {shapes[0]} by config.json; got {weight.shape}.")
-    return jnp.asarray(weight.reshape(old.shape), old.dtype)
-
-
-def _joined(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shapes of the matrix or vector that heads were split out of; PyTorch knows no heads."""
-    if len(shape) == 3:  # D N H, or N H D
-        return [(shape[0], math.prod(shape[1:])), (math.prod(shape[:2]), shape[2])]
-    return [shape, (math.prod(shape),)]
+    if weight.shape != shape:
+        raise ValueError(f"{found!r} must be {shape} by config.json; got {weight.shape}.")
+    return weight

@@ -9,7 +9,7 @@ from flax import nnx
 import sparsax
 from sparsax.nn import DecoderConfig, KVCache, LanguageModel, attend_cached, rotate
 from sparsax.rules import LoRA, Routed, TopL
-from tests.helpers import assert_near
+from tests.helpers import assert_near, with_biases
 
 SIZES = {"vocab_size": 50, "length": 32, "features": 32, "hidden": 64, "num_heads": 4, "layers": 2}
 CONFIGS = {
@@ -34,6 +34,8 @@ decode = nnx.jit(lambda model, tokens, cache, start: model.decode(tokens, cache,
 
 def model_of(style, rules):
     model = LanguageModel(CONFIGS[style], rngs=nnx.Rngs(0))
+    if style == "opt":
+        with_biases(model)
     if rules:
         model, _ = sparsax.sparsify(model, rules, calibrate=lambda m: m(TOKENS[:2]))
     return model
@@ -95,6 +97,14 @@ def test_refusals():
     opt = model_of("opt", [])
     with pytest.raises(ValueError, match="no more than the config's length=32; got 33"):
         opt.empty_cache(1, 33)
+    for layer in (
+        sparsax.nn.SparseAttention(4, 32, rngs=nnx.Rngs(0)),
+        sparsax.nn.TopLAttention(4, 32, keep=6, rngs=nnx.Rngs(0)),
+    ):
+        cache = KVCache.empty(layer, 1, 16, jnp.float32)
+        told = rf"needs causal attention, .*; got {type(layer).__name__} with causal=False\."
+        with pytest.raises(ValueError, match=told):
+            attend_cached(layer, jnp.ones((1, 2, 32)), cache, jnp.zeros(1, jnp.int32))
     sparsax.nn.set_patterns(opt, sparsax.patterns.causal(32, block=16))
     blocks = model_of("opt", [TopL(path=r".*\.attention", keep=6, sequences=0, select="blocks")])
     for model in (opt, blocks):

@@ -181,15 +181,16 @@ def dkv_kernel(
                     row_ids = plgpu.load(lists.kv_ids.at[b, rows], layout=ROW, optimized=False)
 
                 def visit_head(walk: _HeadWalk, carry):
-                    index, count = (walk.pattern_head, item.row), jnp.maximum(walk.count, 0)
+                    index = walk.pattern_head, jnp.maximum(item.row, 0)
+                    count = jnp.maximum(walk.count, 0)
 
-                    def advance(t, partial, carry):
+                    def find(t):
+                        return masks.pieces(columns, lists.cols, lists.bits, index, count, t,
+                                            row_in_tile, x.block_kv)  # fmt: skip
+
+                    def advance(t, found, carry):
                         dk_acc, dv_acc, step = carry
                         slot = ring.slot(step)
-                        found = None
-                        if partial:
-                            found = masks.pieces(columns, lists.cols, lists.bits, index, count, t,
-                                                 row_in_tile, x.block_kv)  # fmt: skip
                         ring.wait(step)
                         of_cols = lambda smem: plgpu.load(smem.at[slot], layout=COL)
 
@@ -199,7 +200,7 @@ def dkv_kernel(
 
                         def probabilities(s):
                             weights = jnp.exp2(s * gain - per_col(of_cols(lse_smem), s.shape))
-                            if not partial:
+                            if found is None:
                                 return weights
                             ids = (row_ids, of_cols(ids_smem)) if x.ids else None
                             kept = masks.keep(columns, found, first_row, x.block_kv, ids)
@@ -230,8 +231,9 @@ def dkv_kernel(
 
                     *sums, poison = carry
                     sums = stream.walk(
-                        walk.full, walk.last, columns, masked, walk.first, advance, tuple(sums)
-                    )
+                        walk.full, walk.last, columns, find if masked else None, walk.first,
+                        advance, tuple(sums),
+                    )  # fmt: skip
                     return *sums, poison + jnp.where(walk.count < 0, jnp.nan, 0.0)
 
                 @pl.when(item.row >= 0)

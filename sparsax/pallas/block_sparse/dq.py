@@ -78,7 +78,7 @@ def dq_kernel(
                     ref.at[work.sample, work.head, rows], layout=ROW, optimized=False
                 )
                 row_lse, row_delta = of_rows(lse), of_rows(delta)
-                find, kept = tiles.mask(work, wg)
+                find, kept = tiles.mask(work, wg) if masked else (None, None)
 
                 def products(step):
                     k_ring.wait(step)
@@ -103,7 +103,7 @@ def dq_kernel(
                     return acc, ds, k_smem.at[k_ring.slot(step)]
 
                 def first(carry):
-                    found = find(work.first) if masked else None
+                    found = find and find(work.first)
 
                     def then(get_s, get_dp):
                         weights = probabilities(get_s(), begun, found)
@@ -113,8 +113,8 @@ def dq_kernel(
                     order.take()
                     return carry[0], cores.start(started, then, order.give)
 
-                def advance(t, partial, carry):
-                    step, found = begun + t - work.first, find(t) if partial else None
+                def advance(t, found, carry):
+                    step = begun + t - work.first
                     scores, dps = products(step)
 
                     def then(get_s, get_dp, get_acc):
@@ -142,7 +142,7 @@ def dq_kernel(
                 carry = zeros((WG_ROWS, x.H), MATRIX), none
                 carry = lax.cond(steps > 0, first, lambda carry: carry, carry)
                 carry = stream.walk(
-                    work.full, work.last, columns, masked, work.first + 1, advance, carry
+                    work.full, work.last, columns, find, work.first + 1, advance, carry
                 )
                 if roomy:
                     pl.when(work.there)(lambda: q_ring.release(done))

@@ -82,7 +82,7 @@ def forward_kernel(
                 done, begun = carry
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
                 steps, queries = work.steps, q_smem.at[q_ring.slot(done), wg]
-                find, kept = tiles.mask(work, wg)
+                find, kept = tiles.mask(work, wg) if masked else (None, None)
 
                 def mask(s, step, found):
                     ids = ids_smem.at[k_ring.slot(step)] if x.ids else None
@@ -98,11 +98,11 @@ def forward_kernel(
 
                 def first(carry):
                     acc, top, total, _ = carry
-                    found = find(work.first) if masked else None
+                    found = find and find(work.first)
 
                     def then(get):
                         s = get() if gain == scale else get() * scale
-                        if masked:
+                        if found is not None:
                             unmasked = columns.full_tiles(work.full) > work.first
                             s = lax.cond(unmasked, lambda s: s, lambda s: mask(s, begun, found), s)
                         release(k_ring, begun)
@@ -113,13 +113,13 @@ def forward_kernel(
                     weights, top, total, _ = cores.start([product], then, order.give)
                     return acc, top, total, weights.astype(x.dtype)
 
-                def advance(t, partial, carry):
+                def advance(t, found, carry):
                     acc, top, total, weights = carry
-                    step, found = begun + t - work.first, find(t) if partial else None
+                    step = begun + t - work.first
 
                     def then(get_scores, get_acc):
                         s = get_scores() if gain == scale else get_scores() * scale
-                        if partial:
+                        if found is not None:
                             s = mask(s, step, found)
                         release(k_ring, step)
                         new_weights, new_top, new_total, decay = softmax(s, top, total)
@@ -151,7 +151,7 @@ def forward_kernel(
                 )  # fmt: skip
                 carry = lax.cond(steps > 0, first, lambda carry: carry, carry)
                 carry = stream.walk(
-                    work.full, work.last, columns, masked, work.first + 1, advance, carry
+                    work.full, work.last, columns, find, work.first + 1, advance, carry
                 )
                 if roomy:
                     pl.when(work.there)(lambda: q_ring.release(done))

@@ -8,6 +8,8 @@ with other keys that all queries see; every pair then belongs to one of the two.
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from sparsax.pallas.hopper import per_col, per_row
 
 STRIDE = 1 << 26  # more than there are places
@@ -39,6 +41,9 @@ class Rule:
         """Boolean matrix of the pairs that attend, from the vectors of its rows and columns."""
         along_q, along_k = (per_col, per_row) if self.keys_in_rows else (per_row, per_col)
         places, marks = (cols, rows) if self.keys_in_rows else (rows, cols)
+        if self._one_range:
+            first, length = self._range(marks)
+            return along_q(places, shape) - along_k(first, shape) <= along_k(length, shape)
         gap = along_k(marks & (STRIDE - 1), shape) - along_q(places, shape)
         marks = along_k(marks, shape)
         kept: Any = None
@@ -54,3 +59,33 @@ class Rule:
         if self.causal:
             kept &= gap <= 0
         return kept
+
+    @property
+    def _one_range(self) -> bool:
+        """Whether every key is seen by places of one range, cyclic ones among them."""
+        if self.blocks or len(self.bands) != 1:
+            return False
+        return not (self.packed and self.causal) or self.bands[0][1] == 0
+
+    def _range(self, marks):
+        """`(first, length)` of every key: seen by the place q if `q - first <= length`.
+
+        In numbers of 32 bits, which go round: first is moved by half of them, so that it is one
+        comparison. What a packed key's band leaves is such a range as well.
+        """
+        (left, right), half = self.bands[0], 1 << 31
+        place = marks & (STRIDE - 1)
+        first, length = place - wrapped(right - half), left + right - half
+        if not self.packed:
+            return first, jnp.full_like(place, wrapped(length))
+        packed = marks >= PACKED
+        rest = half - 1 if self.causal else (1 << 32) - 2 - (left + right)
+        return (
+            jnp.where(packed, place + wrapped(left + 1 + half), first),
+            jnp.where(packed, wrapped(rest - half), wrapped(length)),
+        )
+
+
+def wrapped(x: int) -> int:
+    """The number of 32 bits with sign that equals a number but for what they cannot hold."""
+    return (x + (1 << 31)) % (1 << 32) - (1 << 31)

@@ -148,7 +148,7 @@ class QueryTiles:
         x, lists = self.problem, self.lists
         row_in_tile = wg * WG_ROWS
         first_row = jnp.maximum(work.row, 0) * ROWS + row_in_tile
-        at, count = (work.pattern_head, work.row), jnp.maximum(work.count, 0)
+        at, count = (work.pattern_head, jnp.maximum(work.row, 0)), jnp.maximum(work.count, 0)
         row_ids = None
         if x.ids:
             rows = pl.ds(first_row, WG_ROWS)

@@ -42,10 +42,19 @@ def either(condition, run, then, otherwise) -> None:
     pl.when(jnp.logical_not(condition))(lambda: run(*otherwise))
 
 
-def walk(full, last, columns: Columns, masked: bool, first, visit, carry):
-    """Visits tiles `first` to `last` of a list: `visit(tile, partial, carry)`."""
-    end = jnp.clip(columns.full_tiles(full), first, last) if masked else last
-    carry = lax.fori_loop(first, end, lambda i, c: visit(i, False, c), carry)
-    if masked:
-        carry = lax.fori_loop(end, last, lambda i, c: visit(i, True, c), carry)
-    return carry
+def walk(full, last, columns: Columns, find, first, visit, carry):
+    """Visits tiles `first` to `last` of a list: `visit(tile, found, carry)`.
+
+    `found` is what `find(tile)` read of a tile that may need a mask, before the tile ahead of it
+    was visited; None of others. Without `find` no tile needs a mask.
+    """
+    end = last if find is None else jnp.clip(columns.full_tiles(full), first, last)
+    carry = lax.fori_loop(first, end, lambda i, c: visit(i, None, c), carry)
+    if find is None:
+        return carry
+
+    def go(tile, state):
+        found, carry = state
+        return find(tile + 1), visit(tile, found, carry)
+
+    return lax.fori_loop(end, last, go, (find(end), carry))[1]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from sparsax.compound import CompoundPattern
 from sparsax.pallas import support
 from sparsax.pallas.block_sparse.attention import run_backward, run_forward
+from sparsax.pallas.block_sparse.config import Config
 from sparsax.pallas.block_sparse.places import STRIDE
 from sparsax.pallas.compound.keys import BLOCK, Keys, poison, problem_of
 from sparsax.pallas.compound.lists import key_lists, query_lists
@@ -24,7 +25,9 @@ def refusal(q, pattern: CompoundPattern) -> str | None:
     return support.refusal(q, *sizes)
 
 
-def forward(q, k, v, pattern: CompoundPattern, *, scale: float, interpret=None):
+def forward(
+    q, k, v, pattern: CompoundPattern, *, scale: float, config: Config | None = None, interpret=None
+):
     """`(o [B, T, N, H], lse [B, N, T])`; padded rows have o = 0 and lse = -inf.
 
     Global rows get what an ordinary row would, to be replaced by what `rows_forward` computes.
@@ -35,7 +38,7 @@ def forward(q, k, v, pattern: CompoundPattern, *, scale: float, interpret=None):
         return _zeros(q, poison(problem, pattern)), nothing.swapaxes(1, 2)
     keys = Keys(problem, pattern)
     o, lse = run_forward(
-        problem, query_lists(keys), keys.places, keys.pack(k, v), q, k, v, None, interpret
+        problem, query_lists(keys), keys.places, keys.pack(k, v), q, k, v, config, interpret
     )
     if pattern.token_mask is not None:  # whole tiles ask nobody
         o = jnp.where(pattern.token_mask[:, :, None, None], o, poison(problem, pattern))
@@ -44,7 +47,10 @@ def forward(q, k, v, pattern: CompoundPattern, *, scale: float, interpret=None):
     return o, lse
 
 
-def backward(q, k, v, o, lse, do, pattern: CompoundPattern, *, scale: float, interpret=None):
+def backward(
+    q, k, v, o, lse, do, pattern: CompoundPattern, *, scale: float, config: Config | None = None,
+    interpret=None,
+):  # fmt: skip
     """`(dq, dk, dv)`; rows with lse = -inf have no part in it."""
     problem = problem_of(q, k, pattern, scale)
     if _empty(pattern):
@@ -53,7 +59,7 @@ def backward(q, k, v, o, lse, do, pattern: CompoundPattern, *, scale: float, int
     keys = Keys(problem, pattern)
     dq, dk, dv = run_backward(
         problem, query_lists(keys), key_lists(keys), keys.places, keys.pack(k, v), q, k, v, o, lse,
-        do, 0.0, None, interpret,
+        do, 0.0, config, interpret,
     )  # fmt: skip
     return dq, keys.unpack(dk), keys.unpack(dv)
 

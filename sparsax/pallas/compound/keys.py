@@ -58,9 +58,8 @@ class Keys:
     def slots(self):
         """Where in the sequence the packed keys stand, `[samples, packed]`."""
         x, columns = self.problem, self.pattern.columns
-        found = slots(columns, self.pattern.num_columns, x.T, x.samples)
-        unused = ((0, 0), (0, x.packed - columns.shape[-1]))
-        return jnp.pad(found, unused, constant_values=x.T)
+        columns = jnp.pad(columns, ((0, 0), (0, x.packed - columns.shape[-1])))
+        return slots(columns, self.pattern.num_columns, x.T, x.samples)
 
     @property
     def places(self):
@@ -93,15 +92,16 @@ class Keys:
     def unpack(self, x):
         """Gradients `[B, kv_rows, K, H]` as `[B, T, K, H]`: each token adds that of its copy.
 
-        Tokens read, rather than copies writing: one pass without atomics.
+        Only the few rows that have a copy are written again, each once: no atomics.
         """
-        own = x[:, : self.problem.T]
+        own, copies = x[:, : self.problem.T], x[:, self.problem.packed_from :]
         if not self.problem.packed:
             return own
-        chosen = self.pattern.is_column()
-        copy = self.problem.packed_from + jnp.maximum(jnp.cumsum(chosen, 1) - 1, 0)
-        shape = self.problem.B, self.problem.T
-        chosen, copy = jnp.broadcast_to(chosen, shape), jnp.broadcast_to(copy, shape)
-        found = jax.vmap(lambda x, i: x[i])(x, copy).astype(jnp.float32)
-        found = jnp.where(chosen[..., None, None], found, 0.0)
-        return (own.astype(jnp.float32) + found).astype(x.dtype)
+        at = jnp.broadcast_to(self.slots, (self.problem.B, self.problem.packed))
+
+        def add(own, copies, at):
+            theirs = own.at[at].get(mode="fill", fill_value=0, unique_indices=True)
+            total = theirs.astype(jnp.float32) + copies.astype(jnp.float32)
+            return own.at[at].set(total.astype(x.dtype), mode="drop", unique_indices=True)
+
+        return jax.vmap(add)(own, copies[:, : self.problem.packed], at)
