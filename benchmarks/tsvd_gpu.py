@@ -119,6 +119,7 @@ def one_call(make, product, rows: int, k: int, n: int, calls: int) -> float:
 
 def in_a_chain(make, product, rows: int, k: int, n: int, calls: int) -> float:
     """Milliseconds of a layer, half of them as they are, half of them back again."""
+    product = jax.jit(product)  # compiled once for all layers of a shape: kernels take a while
     layers = [make(*((k, n) if i % 2 == 0 else (n, k)), 2 * i + 2) for i in range(CHAINED)]
 
     def chain(x, *layers):
