@@ -11,16 +11,19 @@ set, in order; its name is WAY_SEED_BATCH_RATE_EPOCHS_SEARCH.txt.
 
 import argparse
 import collections
+import importlib.metadata
 import itertools
-import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
+from harness import RESULTS
+from resumed import Rows
 
 from sparsax.data import read_e2e
 
-HERE = Path(__file__).parent
+KEYS = ("way", "seed", "batch", "rate", "epochs", "search")  # what makes a row another one
 Tokens = list[str]
 
 
@@ -105,24 +108,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the E2E files")
-    parser.add_argument("--generations", type=Path, default=HERE / "results" / "finetune_e2e")
+    parser.add_argument("--generations", type=Path, default=RESULTS / "finetune_e2e")
     args = parser.parse_args()
-    test, rows = read_e2e(args.data).test, []
+    test, done = read_e2e(args.data).test, Rows("e2e_metrics", KEYS, resume=False)
+    used = {name: importlib.metadata.version(name) for name in ("sacrebleu", "pycocoevalcap")}
     for path in sorted(args.generations.glob("*.txt")):
-        lines = path.read_text().split("\n")[:-1]
+        begin, lines = time.perf_counter(), path.read_text().split("\n")[:-1]
         if len(lines) != len(test):
             print(f"{path.name} has {len(lines)} lines, for {len(test)} meanings: the first ones")
         references = [list(m.references) for m in test[: len(lines)]]
         way, seed, batch, rate, epochs, kind = path.stem.split("_")
         row = {"way": way, "seed": int(seed), "batch": int(batch), "rate": float(rate),
                "epochs": int(epochs), "search": kind, "meanings": len(lines),
-               **scores(lines, references)}  # fmt: skip
-        rows.append(row)
+               **scores(lines, references), "versions": used}  # fmt: skip
+        done.add(begin, row)
         names = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
         print(f"{path.stem:36s}", *(f"{name} {row[name]:.4f}" for name in names))
-    out = HERE / "results" / "e2e_metrics.json"
-    out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    print(out)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,11 @@ import optax
 from finetune_ways import WAYS, Parts, convert, rules_of
 from flax import nnx
 from generation import Search, search
-from harness import save
-from language import END, Pairs, Words, halve, read_pairs, saved_rows
+from language import END, Pairs, Words, halve, read_pairs
+from resumed import Rows
 from tqdm import tqdm
+
+from sparsax.nn import TopLAttention
 
 HERE = Path(__file__).parent
 PIECES = 20  # dispatches of an epoch
@@ -45,7 +47,9 @@ KEYS = ("way", "seed", "batch", "rate", "epochs")  # what makes a row another on
 def token_losses(model, tokens, to, count, smoothing: float):
     """Nats of the sentences' tokens, and their number."""
     tokens = tokens.astype(jnp.int32)
-    key_mask = jnp.arange(tokens.shape[1]) < count[:, None]  # codebooks shall not see padding
+    # Padding stands at the end, where causal attention sees none; codebooks follow all keys.
+    codebooks = any(isinstance(module, TopLAttention) for _, module in nnx.iter_modules(model))
+    key_mask = jnp.arange(tokens.shape[1]) < count[:, None] if codebooks else None
     logits = model(tokens, key_mask=key_mask)[:, :-1]
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), -1)
     true = jnp.take_along_axis(log_p, tokens[:, 1:, None], -1)[..., 0]
@@ -158,17 +162,22 @@ class Study:
         stream = np.concatenate([self.train.tokens[i, : self.train.count[i]] for i in order])
         return jnp.asarray(np.resize(stream, (rows, self.args.length)), jnp.int32)
 
+    def key(self, way: str, seed: int) -> dict:
+        """What tells a row from others."""
+        args = self.args
+        return {"way": way, "seed": seed, "batch": args.batch, "rate": args.rate,
+                "epochs": args.epochs}  # fmt: skip
+
     def row(self, way: str, seed: int) -> dict:
         """Converts, trains, validates and writes sentences."""
         args, begin = self.args, time.perf_counter()
         rng = np.random.default_rng(seed)
         parts, size = convert(way, seed, args, self.calibration(rng))
-        row = {
-            "way": way, "seed": seed, "batch": args.batch, "rate": args.rate,
-            "epochs": args.epochs, "parameters": size,
+        row = self.key(way, seed) | {
+            "parameters": size,
             "trained": sum(leaf.size for leaf in jax.tree.leaves(parts.tuned)),
             "convert_s": time.perf_counter() - begin,
-        }  # fmt: skip
+        }
         steps = self.batches * args.epochs
         if self.compiled.get("way") != way:  # the seeds of a way share what is compiled
             wrt = rules_of(way, args.length, seed, args)[1]
@@ -185,7 +194,7 @@ class Study:
             parameters = f"{way}_{seed}_{args.batch}_{args.rate:g}_{args.epochs}"
             path = args.generations / f"{parameters}_{name}.txt"
             path.write_text("\n".join(lines) + "\n")
-        return row | {"seconds": time.perf_counter() - begin}
+        return row
 
     def searches(self) -> dict[str, Search]:
         """Greedy, and the beam of Hu et al. (2021)."""
@@ -228,7 +237,7 @@ def show(row: dict) -> None:
     print(f"{row['way']:14s} {row['seed']:4d} {row['valid_loss'][0]:7.3f} "
           f"{row['valid_loss'][-1]:7.4f} {row['trained']:11,} {row['step_ms']:8.2f} "
           f"{row['bytes'] / 2**20:8.0f} {row['greedy_s']:8.2f} {row.get('beam_s', 0):7.2f} "
-          f"{row['seconds']:7.0f}", flush=True)  # fmt: skip
+          f"{row['took']:7.0f}", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -264,21 +273,17 @@ def main() -> None:
                  "flash": "xla", "decode_batch": 3, "name": args.name + "_quick"}  # fmt: skip
         vars(args).update(quick)
     args.generations = args.generations or HERE / "results" / args.name
-    study, rows = Study(args), saved_rows(args.name) if args.resume else []
-    known = {tuple(row[key] for key in KEYS) for row in rows}
-    begin = time.perf_counter()
+    study, done = Study(args), Rows(args.name, KEYS, resume=args.resume)
+    start = time.perf_counter()
     print(
         "way            seed  before   after     trained  ms/step      MiB greedy s  beam s       s"
     )
     for way in args.ways:
         for seed in args.seeds:
-            late = args.minutes and time.perf_counter() - begin > 60 * args.minutes
-            if late or (way, seed, args.batch, args.rate, args.epochs) in known:
-                continue
-            rows.append(study.row(way, seed))
-            show(rows[-1])
-            save(args.name, rows)
-    print(save(args.name, rows))
+            begin = time.perf_counter()
+            late = args.minutes and begin - start > 60 * args.minutes
+            if not late and not done.has(**study.key(way, seed)):
+                show(done.add(begin, study.row(way, seed)))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def rules_of(way: str, length: int, seed: int, args) -> tuple[list, typing.Any]:
         return [lora(path=LINEARS)], nnx.LoRAParam
     if way == "lora-qv":
         path = r".*attention\.(query|value)"
-        return [LoRA(path=path, rank=4, alpha=32, seed=seed)], nnx.LoRAParam
+        return [LoRA(path=path, rank=4, alpha=32.0, seed=seed)], nnx.LoRAParam
     if name == "spt":
         active, part = map(int, numbers)
         return [lora(path=ATTENTION), routed(active), top_l(part)], tuned

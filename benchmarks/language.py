@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file, save_file
 
 from sparsax import data
-from sparsax.nn import DecoderConfig, LanguageModel, SparseAttention, named_modules, replace_modules
-from sparsax.nn.rotary import rotate
+from sparsax.nn import DecoderConfig, LanguageModel, SparseAttention
+from sparsax.peft import load_adapters, save_adapters
 
 PAD, END, TO = range(3)  # END closes a review or a sentence, TO stands between meaning and sentence
 SPECIAL = ["<pad>", "<end>", "<to>"]
@@ -123,12 +122,6 @@ def read_pairs(folder: Path, split: str) -> Pairs:
         return Pairs(*(file[f"{split}_{x.name}"] for x in dataclasses.fields(Pairs)))
 
 
-def saved_rows(name: str) -> list[dict]:
-    """The rows of an earlier run, see `harness.save`."""
-    path = Path(__file__).parent / "results" / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
-
-
 class Words:
     """From ids to text, without a package."""
 
@@ -146,31 +139,9 @@ class Words:
         return " ".join(found.split())
 
 
-class Flash(nnx.Module):
-    """Dense causal attention that stores no scores, with the projections of a layer.
-
-    Args:
-        layer: dense and causal.
-        implementation: of `jax.nn.dot_product_attention`; "cudnn" is flash attention.
-    """
-
-    def __init__(self, layer: SparseAttention, implementation: str):
-        self.query, self.key, self.value, self.out = layer.query, layer.key, layer.value, layer.out
-        self.rotary, self.implementation = layer.rotary, implementation
-
-    def __call__(self, x, *, key_mask=None):
-        """Attends within x; padding stands at the end, where causal attention does not see it."""
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.rotary is not None:
-            q, k = rotate(q, self.rotary), rotate(k, self.rotary)
-        attend = jax.nn.dot_product_attention
-        return self.out(attend(q, k, v, is_causal=True, implementation=self.implementation))
-
-
 def use_flash(model: nnx.Module, implementation: str) -> None:
-    """Puts `Flash` in the place of every dense layer of attention."""
-    layers = {p: m for p, m in named_modules(model).items() if isinstance(m, SparseAttention)}
-    replace_modules(model, {path: Flash(m, implementation) for path, m in layers.items()})
+    """Sets `SparseAttention.dense` of every layer of a model: "cudnn" is flash attention."""
+    model.set_attributes(SparseAttention, dense=implementation, raise_if_not_found=False)
 
 
 def halve(model: nnx.Module, kinds=nnx.Param) -> None:
@@ -181,9 +152,7 @@ def halve(model: nnx.Module, kinds=nnx.Param) -> None:
 
 def save_model(model: LanguageModel, folder: Path) -> None:
     """Writes `model.safetensors` and `config.json`."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    arrays = {".".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
-    save_file(arrays, folder / "model.safetensors")
+    save_adapters(folder / "model.safetensors", model, wrt=nnx.Param)
     config = dataclasses.asdict(model.config) | {"dtype": None}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -191,9 +160,6 @@ def save_model(model: LanguageModel, folder: Path) -> None:
 def load_model(folder: Path, dtype) -> LanguageModel:
     """The model that `save_model` wrote, to compute in a dtype."""
     config = DecoderConfig(**json.loads((folder / "config.json").read_text()) | {"dtype": dtype})
-    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    arrays = load_file(folder / "model.safetensors")
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    new = [(p, value.replace(jnp.asarray(arrays[".".join(map(str, p))]))) for p, value in flat]
-    nnx.update(model, nnx.from_flat_state(new))
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    load_adapters(folder / "model.safetensors", model, wrt=nnx.Param)
     return model

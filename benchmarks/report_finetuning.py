@@ -144,7 +144,8 @@ def main() -> None:
         text += [origin(args.name, record), "![Losses, and loss against time](finetuning.png)",
                  study(ways)]  # fmt: skip
         text.append("### Sentences of the test set")
-        text.append("Not scored yet." if scores is None else quality(ways, scores["rows"]))
+        text += ["Not scored yet."] if scores is None else [
+            origin("e2e_metrics", scores), quality(ways, scores["rows"])]  # fmt: skip
         picture(ways).savefig(args.docs / "finetuning.png", dpi=120)
     for name, title in (("spt_block_gpu", "One block, 16 sequences of 512"),
                         ("spt_block_long_gpu", "One block, long sequences")):  # fmt: skip

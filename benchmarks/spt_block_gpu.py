@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from gpu import kernels, queued_milliseconds
-from harness import save
-from language import Flash, halve, saved_rows
+from language import halve, use_flash
+from resumed import Rows
 
 import sparsax
 from sparsax.nn import DecoderBlock, DecoderConfig, RoutedFFN, RouterParam
@@ -33,11 +33,8 @@ PROJECTIONS = r"attention\.(query|key|value|out)"
 LORA = LoRA(path=PROJECTIONS, rank=RANK)
 ROUTED = Routed(path="ffn", num_blocks=4, active=2, tokens=0, lora_rank=RANK, frozen=True)
 TUNED = nnx.Any(nnx.LoRAParam, RouterParam)
-
-
 TOKENS = 8192  # of a batch
 KINDS = ("materialised", "flash", "top_l", "blocks")  # of attention
-KEYS = ("features", "length", "way", "attention")  # what makes a row another one
 
 
 def ways(keep: int) -> dict[tuple[str, str], tuple[list, object]]:
@@ -97,7 +94,7 @@ def block(features: int, length: int, rules: list, kind: str, args) -> nnx.Modul
     if rules:
         model, _ = sparsax.sparsify(model, rules)
     if kind == "flash":
-        model.attention = Flash(model.attention, args.flash)
+        use_flash(model, args.flash)
     if isinstance(model.ffn, RoutedFFN):
         model.ffn.implementation = args.routed
     halve(model)
@@ -122,27 +119,22 @@ def main() -> None:
         quick = {"features": [128], "lengths": [256], "calls": 1, "flash": "xla", "kinds": KINDS,
                  "name": args.name + "_quick"}  # fmt: skip
         vars(args).update(quick)
-    rows = saved_rows(args.name) if args.resume else []
-    known = {tuple(row[key] for key in KEYS) for row in rows}
+    done = Rows(args.name, ("features", "length", "way", "attention"), resume=args.resume)
     print("    D length  way   attention       ms     MiB    trained       s")
     for features in args.features:
         for length in args.lengths:
             shape = 2, 1 if args.quick else max(1, TOKENS // length), length, features
             x, dy = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
             for (way, kind), (rules, wrt) in ways(length // 8).items():
-                if kind not in args.kinds or (features, length, way, kind) in known:
+                key = {"features": features, "length": length, "way": way, "attention": kind}
+                if kind not in args.kinds or done.has(**key):
                     continue
                 begin = time.perf_counter()
                 model = block(features, length, rules, kind, args)
-                row = {"features": features, "length": length, "way": way, "attention": kind,
-                       **measure(model, wrt, x, dy, args.calls)}  # fmt: skip
-                rows.append(row)
+                row = done.add(begin, key | measure(model, wrt, x, dy, args.calls))
                 told = f"{row['ms']:7.2f} {row['bytes'] / 2**20:7.0f} {row['trained']:10,}"
-                took = time.perf_counter() - begin
-                print(f"{features:5d} {length:6d}  {way:4s}  {kind:12s} {told} {took:7.1f}",
+                print(f"{features:5d} {length:6d}  {way:4s}  {kind:12s} {told} {row['took']:7.1f}",
                       flush=True)  # fmt: skip
-                save(args.name, rows)  # what there is, should the run be stopped
-    print(save(args.name, rows))
 
 
 if __name__ == "__main__":

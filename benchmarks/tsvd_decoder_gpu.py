@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from gpu import milliseconds
+from language import halve, use_flash
 from resumed import Rows
-from spt_block_gpu import Flash
 from tsvd_gpu import common, tiled
 
 from sparsax import CommonFactors, TiledFactors, pallas
@@ -42,10 +42,10 @@ def call(graph, state, x):
 
 
 class Once(nnx.Module):
-    """A layer that is traced once for all that have its shapes: tracing a kernel takes a while."""
+    """A factored layer that is traced once for all that have its shapes: kernels take a while."""
 
     def __init__(self, layer):
-        self.layer = layer
+        self.layer, self.out_shape = layer, layer.out_shape
 
     def __call__(self, x):
         """The layer's own output."""
@@ -85,60 +85,32 @@ def build(args, replace) -> LanguageModel:
         dtype=jnp.bfloat16,
     )  # fmt: skip
     model = LanguageModel(config, rngs=nnx.Rngs(0))
-    half = lambda leaf: leaf.astype(jnp.bfloat16)
-    nnx.update(model, jax.tree.map(half, nnx.state(model, nnx.Param)))
+    halve(model)
+    use_flash(model, args.flash)
     if replace is not None:
         linear = {p: m for p, m in named_modules(model).items() if isinstance(m, LINEAR)}
         replace_modules(model, {p: Once(replace(m)) for p, m in linear.items() if "blocks" in p})
-    for block in model.blocks:
-        block.attention = Flash(block.attention, args.flash)
     return model
-
-
-def hidden(model, x, attend):
-    """The blocks; `attend(number, block's attention, normalised x)` stands for attention."""
-    for number, block in enumerate(model.blocks):
-        x = x + attend(number, block.attention, block.norm1(x))
-        x = x + block.ffn(block.norm2(x))
-    return model.norm(x)
 
 
 def prefill(model, tokens):
     """Logits of the last token."""
     x = model.tokens(tokens) + model.positions(jnp.arange(tokens.shape[1]))
-    x = hidden(model, x, lambda _, attention, x: attention(x))
-    return model.tokens.attend(x[:, -1])
+    for block in model.blocks:
+        x = block(x)
+    return model.tokens.attend(model.norm(x[:, -1]))
 
 
 def decode(model, tokens, count: int):
     """`count` greedy tokens after the given ones `[B]`."""
-    config = model.config
-    shape = len(model.blocks), 2, len(tokens), count, config.num_heads, -1
-    head_dim = config.features // config.num_heads
 
     def step(carry, place):
         token, cache = carry
-        caches = list(cache)
+        logits, cache = model.decode(token[:, None], cache, jnp.full(len(token), place))
+        token = logits[:, 0].argmax(-1).astype(token.dtype)
+        return (token, cache), token
 
-        def attend(number, attention, x):
-            q, k, v = (project(x) for project in (attention.query, attention.key, attention.value))
-            at = (0, place, 0, 0)
-            keys, values = (
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
-                for old, new in zip(caches[number], (k, v), strict=True)
-            )
-            caches[number] = keys, values
-            seen = jnp.full(len(token), place + 1)
-            mixed = jax.nn.dot_product_attention(q, keys, values, key_value_seq_lengths=seen)
-            return attention.out(mixed)
-
-        x = model.tokens(token[:, None]) + model.positions(place[None])
-        x = hidden(model, x, attend)
-        token = model.tokens.attend(x[:, 0]).argmax(-1).astype(token.dtype)
-        return (token, tuple(caches)), token
-
-    empty = jnp.zeros((*shape[2:5], head_dim), jnp.bfloat16)
-    start = tokens, ((empty, empty),) * shape[0]
+    start = tokens, model.empty_cache(len(tokens), count)
     return jax.lax.scan(step, start, jnp.arange(count))[1]
 
 

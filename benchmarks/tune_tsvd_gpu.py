@@ -34,24 +34,16 @@ CLUSTERS = (1, 2)
 BESIDE = (128, 0)
 
 
-def fits(tiling: fused.Tiling, rank: int) -> bool:
-    """Whether the fused kernel's shared memory suffices."""
-    row = fused.COMPUTE * fused.WG_ROWS
-    v = 2 * fused.V_STAGES * rank * tiling.width
-    staged = 2 * row * fused.CHUNK * fused.CHUNKS
-    return tiling.stages * 2 * tiling.depth * (row + rank) + v + staged <= fused.SHARED_BYTES
-
-
 def fused_tilings(u, v) -> list[fused.Tiling]:
     """The default first, then others that fit."""
     default = fused.Tiling.of(u, v)
-    if default is None or default.width != v.shape[3]:
+    if default is None:
         return []
-    choices = itertools.product((64, 128), range(2, 6), (1, 2, 4))
-    tilings = [fused.Tiling(d, default.width, s, c) for d, s, c in choices]
+    tilings = itertools.starmap(fused.Tiling, itertools.product((64, 128), range(2, 6), (1, 2, 4)))
+    (_, size, num_out, rank), columns = u.shape, v.shape[3]
     return [default] + [
-        t for t in tilings if t != default and u.shape[1] % t.depth == 0
-        and u.shape[2] % t.cluster == 0 and fits(t, u.shape[3])
+        t for t in tilings if t != default and size % t.depth == 0 and num_out % t.cluster == 0
+        and t.bytes(rank, columns) <= fused.SHARED_BYTES
     ]  # fmt: skip
 
 

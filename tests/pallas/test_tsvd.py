@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import typing
 
 import jax
@@ -35,7 +36,7 @@ FUSED = (
     Case(name="fused_deep", M=(64,), D=1024, F=64, tile=(512, 64), rank=32, dtype="bfloat16"),
     Case(name="fused_silu", M=(200,), D=64, F=512, tile=(64, 256), rank=96, dtype="bfloat16",
          activation="silu"),
-    Case(name="fused_cut", M=(70,), D=128, F=768, tile=(64, 384), rank=32, dtype="bfloat16"),
+    Case(name="fused_pair", M=(70,), D=128, F=768, tile=(64, 128), rank=32, dtype="bfloat16"),
 )  # fmt: skip
 
 
@@ -159,17 +160,26 @@ def test_the_fused_kernel_matches_the_reference_on_the_gpu(c, monkeypatch):
     forward_is_near(c)
 
 
+BACKWARD = {"hidden", "dhidden", "dx", "du", "dv"}
+FORWARD = {"fused": {"fused"}, "products": {"hidden", "out"}}
+
+
+def kernels(text):
+    """The names of the kernels in a lowered program."""
+    return set(re.findall(r"tsvd_(\w+?)_mosaic_gpu", text))
+
+
 FITS = list(itertools.product((64, 192, 256, 512), (16, 32, 96, 128), ("bfloat16", "float16")))
 
 
-def lower(size, rank, dtype, rows=200, activation=None):
-    u = jax.ShapeDtypeStruct((3, size, 5, rank), dtype)
-    v = jax.ShapeDtypeStruct((5, 3, rank, size), dtype)
+def lower(size, rank, dtype, rows=200, num_out=5):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
+    u, v = of(3, size, num_out, rank), of(num_out, 3, rank, size)
     factors = TiledFactors(u, v, pad_in=0, pad_out=0)
-    x, bias = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((rows, 3 * size), (5 * size,)))
+    x, bias = of(rows, 3 * size), of(num_out * size)
 
     def loss(*a):
-        y = tsvd_matmul(*a, activation, implementation="pallas")
+        y = tsvd_matmul(*a, implementation="pallas")
         return (y.astype(jnp.float32) ** 2).sum()
 
     with pallas.lowering():
@@ -179,15 +189,17 @@ def lower(size, rank, dtype, rows=200, activation=None):
 
 @pytest.mark.parametrize(("size", "rank", "dtype"), FITS)
 def test_the_kernels_lower_forward_and_backward(size, rank, dtype):
+    text = lower(size, rank, dtype)
     # Two forward; x u again, its gradient, dx, du and dv.
-    assert lower(size, rank, dtype).count("stablehlo.custom_call @mosaic_gpu") == 7
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 7
+    assert kernels(text) == FORWARD["products"] | BACKWARD
 
 
 @pytest.mark.parametrize(("size", "rank"), list(itertools.product((64, 256), (64, 128))))
 def test_the_fused_kernel_lowers(size, rank):
-    text = lower(size, rank, "bfloat16", rows=8192)
+    text = lower(size, rank, "bfloat16", rows=8192, num_out=8)
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 6
-    assert "tsvd_fused" in text
+    assert kernels(text) == FORWARD["fused"] | BACKWARD
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
@@ -196,8 +208,8 @@ def test_activations_lower_in_the_epilogue(activation, schedule):
     with pallas.lowering():
         run = jax.jit(lambda *a: tsvd_matmul(*a, activation, implementation="pallas"))
         text = run.trace(x, factors, bias).lower(lowering_platforms=("cuda",)).as_text()
-    kernels = {"fused": 1, "products": 2}[schedule]
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == kernels
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == len(FORWARD[schedule])
+    assert kernels(text) == FORWARD[schedule]
     assert not any(
         name in text for name in ("stablehlo.tanh", "stablehlo.logistic", "stablehlo.maximum")
     )
@@ -227,17 +239,21 @@ def test_gradients_lower_within_transformations(model, schedule):
     loss = lambda *a: (model(*a).astype(jnp.float32) ** 2).sum()
     with pallas.lowering():
         step = jax.jit(jax.grad(loss, (0, 1))).trace(of(512, 256), factors)
-        assert "mosaic_gpu" in step.lower(lowering_platforms=("cuda",)).as_text()
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert kernels(text) == FORWARD[schedule] | BACKWARD
 
 
 @pytest.mark.parametrize(
-    ("rows", "rank", "columns", "schedule"),
-    [(8192, 64, 256, "fused"), (8192, 32, 256, "products"), (64, 64, 256, "products"),
-     (8192, 64, 512, "products"), (8192, 48, 256, "products")],
+    ("rows", "num_out", "rank", "columns", "schedule"),
+    [(8192, 16, 64, 256, "fused"), (8192, 16, 32, 256, "products"), (64, 16, 64, 256, "products"),
+     (8192, 16, 64, 512, "products"), (8192, 16, 48, 256, "products"),
+     # Of 6 outputs two thread blocks share copies of x, of 43 none do.
+     (8192, 6, 64, 256, "products"), (8192, 6, 128, 256, "fused"),
+     (8192, 43, 64, 256, "products"), (8192, 43, 128, 256, "products")],
 )  # fmt: skip
-def test_the_schedule_that_reads_less_is_chosen(rows, rank, columns, schedule):
+def test_the_schedule_that_reads_less_is_chosen(rows, num_out, rank, columns, schedule):
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    u, v = of(16, 256, 16, rank), of(16, 16, rank, columns)
+    u, v = of(16, 256, num_out, rank), of(num_out, 16, rank, columns)
     assert tsvd.best_schedule(rows, u, v) == schedule
 
 

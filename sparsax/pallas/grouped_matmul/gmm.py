@@ -102,15 +102,17 @@ def _kernel(terms, biases, transpose_w: bool, activate, interpret):
                     functools.partial(from_term, *source, step - first)
                 )
 
-        def store(here, wg, totals, staging):
-            total = _epilogue(here, totals, bias_refs, activate)
+        def finish(here, totals):
+            return _epilogue(here, totals, bias_refs, activate)
+
+        def store(here, wg, total, staging):
             row, column = here.slab * SLAB + wg * WG_ROWS, here.column * width
             copy = lambda chunk, begin: _copy_out(
                 here, row, column + begin, chunk, y_ref, shared_ref
             )
             each_chunk(total, staging, x.dtype, copy)
 
-        return Plan(table[0] * wide, item, fill, store)
+        return Plan(table[0] * wide, item, fill, finish, store)
 
     shape = Shape(width, x.dtype, matrices, transpose_b=transpose_w)
     out = (

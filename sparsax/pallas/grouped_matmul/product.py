@@ -52,10 +52,8 @@ class Plan(NamedTuple):
     count: Any  # tiles of the result
     item: Callable[[Any], Any]  # what there is to know of a tile; `.steps` at least
     fill: Callable[..., None]  # `(item, step, a, b, barrier)`: COMPUTE + matrices copies
-    store: Callable[..., None]  # `(item, warpgroup, sums, staging)`
-    # What is stored of a single sum, `finish(item, sum)` in `sums`' place: with known steps beside
-    # the products of the next tile, as short sums would else wait for every store.
-    finish: Callable[..., jax.Array] | None = None
+    finish: Callable[..., jax.Array]  # `(item, sums of all matrices)`: the tile of the result
+    store: Callable[..., None]  # `(item, warpgroup, tile, staging)`
 
 
 def width_of(columns: int, matrices: int = 1) -> int:
@@ -128,18 +126,16 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
             totals = cores.sums(
                 (WG_ROWS, shape.width), shape.matrices, here.steps, *operands_since(begin)
             )
-            if plan.finish is None:
-                plan.store(here, wg, totals, y_smem.at[wg])
-            else:
-                plan.store(here, wg, plan.finish(here, totals[0]), y_smem.at[wg])
+            plan.store(here, wg, plan.finish(here, totals), y_smem.at[wg])
 
         def add_up_beside(steps):
+            """Stores a tile beside the products of the next: short sums would else wait for it."""
+
             def add(here, r, meanwhile):
                 operands, release = operands_since(r * steps)
                 one = lambda i: (lambda a, bs: (a, bs[0]))(*operands(i))
                 total = cores.sum_beside((WG_ROWS, shape.width), steps, one, release, meanwhile)
-                assert plan.finish is not None
-                return plan.finish(here, total).astype(shape.dtype)
+                return plan.finish(here, [total]).astype(shape.dtype)
 
             def store(here, tile):
                 plan.store(here, wg, tile, y_smem.at[wg])

@@ -80,7 +80,7 @@ def _kernel(x, dy, groups: int, interpret):
                 g = here.group
                 from_rows(lambda f: x_ends.at[g, own, f], lambda f: dy_ends.at[g, own, f])
 
-        def store(here, wg, totals, staging):
+        def store(here, wg, total, staging):
             row = (here.part + wg) * WG_ROWS
 
             def copy(chunk, begin):
@@ -89,9 +89,9 @@ def _kernel(x, dy, groups: int, interpret):
                     own = pl.ds(row, WG_ROWS), pl.ds(here.column * width + begin, CHUNK)
                     plgpu.copy_smem_to_gmem(chunk, out_ref.at[(here.group, *own)])
 
-            each_chunk(totals[0], staging, x.dtype, copy)
+            each_chunk(total, staging, x.dtype, copy)
 
-        return Plan(jnp.int32(groups * high * wide), item, fill, store)
+        return Plan(jnp.int32(groups * high * wide), item, fill, lambda _, totals: totals[0], store)
 
     shape = Shape(width, x.dtype, transpose_a=True)
     out = (jax.ShapeDtypeStruct((groups, features, columns), x.dtype),)

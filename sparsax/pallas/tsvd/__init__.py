@@ -31,16 +31,19 @@ def tsvd_refusal(x, u, v, activation: str | None) -> str | None:
 def best_schedule(rows: int, u, v) -> Schedule:
     """Which way to compute `x w` for so many rows.
 
-    In numbers read from the L2 cache for each row, the fused kernel needs D J / 4 (x, copied for
-    clusters of 4) and the two products D J R / 256 + 2 I J R (x, and `x u` there and back): they
-    meet near R = 64. From there on `x u` is also many times as large as x and y, so the fused
-    kernel saves that memory. It is no choice where its width cuts tiles, as it would compute `x u`
-    for each piece, or where rows are so few that its tiles do not fill the GPU.
+    The fused kernel is chosen where all of these hold:
+    - It has a tiling, see `fused.Tiling.of`.
+    - R >= 256 / c, c the thread blocks of a cluster that share copies of x: they divide J, so an
+      odd number of outputs shares none. In numbers read from the L2 cache for each row, the fused
+      kernel then needs D J / c of x, no more than the D J R / 256 that the products read of it. The
+      2 I J R that they write and read of `x u`, many times as large as x and y, come on top.
+    - Its tiles, J for every 128 rows, fill the GPU: 256 or more.
     """
     tiling = fused.Tiling.of(u, v)
-    whole = tiling is not None and tiling.width == v.shape[3]
+    if tiling is None:
+        return "products"
     tiles = -(-rows // fused.ROWS) * u.shape[2]
-    return "fused" if whole and u.shape[3] >= 64 and tiles >= 256 else "products"
+    return "fused" if u.shape[3] >= 256 // tiling.cluster and tiles >= 256 else "products"
 
 
 def tsvd_forward(

@@ -35,36 +35,40 @@ from sparsax.pallas.hopper import (
 ROWS = COMPUTE * WG_ROWS
 SHARED_BYTES = 226 * 1024  # a thread block's, less what barriers need
 RANKS = (32, 64, 96, 128)
+WIDTHS = (64, 128, 256)
 V_STAGES = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """What a thread block holds: `depth` rows of u at a time, `width` columns of v and y.
+    """What a thread block holds: `depth` rows of u at a time, and a tile of v and y.
 
     `cluster` thread blocks share copies of x.
     """
 
     depth: int
-    width: int
     stages: int
     cluster: int = 1
 
     @staticmethod
     def of(u, v) -> "Tiling | None":
-        """The tiling for factors of such shapes, or None where the kernel has none."""
+        """The tiling for factors of such shapes, or None where the kernel has none.
+
+        Wider tiles would have to be cut, and `x u` computed again for each piece.
+        """
         (_, size, num_out, rank), columns = u.shape, v.shape[3]
-        if rank not in RANKS:
+        if rank not in RANKS or columns not in WIDTHS:
             return None
-        for width in (w for w in (256, 128, 64) if columns % w == 0):
-            free = SHARED_BYTES - 2 * CHUNKS * ROWS * CHUNK - V_STAGES * 2 * rank * width
-            cluster = next(c for c in (4, 2, 1) if num_out * columns // width % c == 0)
-            # Long steps wait less often, but there must be some to come.
-            for depth, least in ((128, 3), (64, 3), (64, 2)):
-                stages = free // (2 * depth * (ROWS + rank))
-                if size % depth == 0 and stages >= least:
-                    return Tiling(depth, width, min(stages, 4), cluster)
-        return None
+        cluster = next(c for c in (4, 2, 1) if num_out % c == 0)
+        # Long steps wait less often, but there must be some to come.
+        choices = ((128, 4), (128, 3), (64, 4), (64, 3), (64, 2))
+        tilings = (Tiling(depth, n, cluster) for depth, n in choices if size % depth == 0)
+        return next((t for t in tilings if t.bytes(rank, columns) <= SHARED_BYTES), None)
+
+    def bytes(self, rank: int, columns: int) -> int:
+        """What a thread block needs of shared memory for 16-bit arrays, barriers apart."""
+        steps = self.stages * self.depth * (ROWS + rank)
+        return 2 * (steps + V_STAGES * rank * columns + CHUNKS * ROWS * CHUNK)
 
 
 def forward(x, u, v, bias, *, activation: str | None, interpret=None, tiling: Tiling | None = None):
@@ -80,12 +84,10 @@ def forward(x, u, v, bias, *, activation: str | None, interpret=None, tiling: Ti
 
 def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
     """A function of `(x, u, v, [bias])` that returns `y [M, J*C]`, for arrays of these shapes."""
-    (num_in, size, num_out, rank), columns = u.shape, v.shape[3]
-    depth, width, stages = tiling.depth, tiling.width, tiling.stages
+    (num_in, size, num_out, rank), width = u.shape, v.shape[3]
+    depth, stages, cluster = tiling.depth, tiling.stages, tiling.cluster
     chunks, cores = size // depth, TensorCores(interpret is not None)
-    pieces, row_tiles = columns // width, -(-x.shape[0] // ROWS)
-    cluster = tiling.cluster
-    wide = num_out * pieces // cluster  # clusters beside each other
+    row_tiles, wide = -(-x.shape[0] // ROWS), num_out // cluster  # clusters beside each other
     together: dict[str, Any] = {"collective_axes": "cluster"} if cluster > 1 else {}
 
     def kernel(*refs, x_smem, u_smem, v_smem, y_smem, u_bars, v_bars):
@@ -94,10 +96,9 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
         (y_ref,) = rest
         ring, v_ring = Ring(u_bars, stages), Ring(v_bars, V_STAGES)
         item, wg = lax.axis_index("item"), lax.axis_index("wg")
-        first_row, column = item // wide * ROWS, lax.rem(item, jnp.int32(wide)) * cluster
+        first_row, j = item // wide * ROWS, lax.rem(item, jnp.int32(wide)) * cluster
         if cluster > 1:
-            column += lax.axis_index("cluster")
-        j, first_col = column // pieces, lax.rem(column, jnp.int32(pieces)) * width
+            j += lax.axis_index("cluster")
 
         @pl.when(wg == COMPUTE)
         def copy_tiles():
@@ -117,8 +118,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
                     plgpu.copy_gmem_to_smem(part, u_smem.at[slot], ring.filled.at[slot])
                 slot = v_ring.slot(i)
                 v_ring.reserve(i)
-                part = v_ref.at[j, i, :, pl.ds(first_col, width)]
-                plgpu.copy_gmem_to_smem(part, v_smem.at[slot], v_ring.filled.at[slot])
+                plgpu.copy_gmem_to_smem(v_ref.at[j, i], v_smem.at[slot], v_ring.filled.at[slot])
 
             lax.fori_loop(0, num_in, fill, None)
             ring.drain(jnp.int32(num_in * chunks))
@@ -180,7 +180,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
             acc, p = lax.fori_loop(1, num_in, advance, carry)
             acc = output(acc, p, jnp.int32(num_in - 1))
 
-            begin = j * columns + first_col
+            begin = j * width
             if bias_ref is not None:
                 row = plgpu.load(bias_ref.at[pl.ds(begin, width)], layout=COL, optimized=False)
                 acc = acc + per_col(row, acc.shape)
@@ -195,7 +195,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
 
     return launch(
         kernel, "tsvd_fused", row_tiles * wide,
-        (jax.ShapeDtypeStruct((x.shape[0], num_out * columns), x.dtype),), interpret,
+        (jax.ShapeDtypeStruct((x.shape[0], num_out * width), x.dtype),), interpret,
         cluster=cluster,
         x_smem=_lined((stages, COMPUTE, WG_ROWS, depth), x.dtype, rank),
         u_smem=_lined((stages, depth, rank), x.dtype, rank),

@@ -113,8 +113,8 @@ def batched(
             part = b.part(b_ref, here.source, summed, pl.ds(here.column * width, width))
             plgpu.copy_gmem_to_smem(part, b_smem.at[0], barrier, **shared)
 
-        def finish(here, total):
-            total = _epilogue(here, total, columns, bias_ref, activation)
+        def finish(here, totals):
+            total = _epilogue(here, totals[0], columns, bias_ref, activation)
             return total if slots == batch else total * jnp.where(here.batch < batch, 1.0, 0.0)
 
         def store(here, wg, tile, staging):
@@ -130,7 +130,7 @@ def batched(
 
             each_chunk(tile, staging, a.array.dtype, copy)
 
-        return Plan(jnp.int32(slots * high * wide), item, fill, store, finish)
+        return Plan(jnp.int32(slots * high * wide), item, fill, finish, store)
 
     out = {"leading": (batch, rows, columns), "middle": (rows, batch, columns)}.get(str(to))
     if out is None:
