@@ -104,20 +104,14 @@ class _Call:
     scale: float
     interpret: typing.Any  # of the kernels; None on hardware
 
-    @property
-    def module(self):
-        return {"xla": xla, "pallas": pallas}[self.implementation].compound
-
-    @property
-    def static(self):
-        interpret = {"interpret": self.interpret} if self.implementation == "pallas" else {}
-        return {"scale": self.scale, **interpret}
-
 
 @functools.partial(jax.jit, static_argnums=0)  # equal layers share what is traced and lowered
 def _sparse(call: _Call, q, k, v, q_global, k_global, v_global, pattern):
     others = jax.tree.leaves(pattern)
     q, k, v = xla.vary_alike((q, k, v), *others)
+    if call.implementation == "pallas":
+        own = xla.vary_alike((q_global, k_global, v_global), q, *others)
+        return _attend_at_once(call, q, k, v, own, pattern)
     o = _attend(call, q, k, v, pattern)
     if not pattern.rows.shape[-1]:
         return o
@@ -127,24 +121,48 @@ def _sparse(call: _Call, q, k, v, q_global, k_global, v_global, pattern):
     return pattern.put_rows(o, rows)
 
 
-def _differentiable(forward: str, backward: str) -> Callable:
-    """`f(call, q, k, v, pattern) -> o` of the named functions of an implementation."""
+def _differentiable(forward: Callable, backward: Callable) -> Callable:
+    """`f(call, q, k, v, pattern) -> o` of functions of the XLA implementation."""
 
     def run(call, q, k, v, pattern):
         return run_forward(call, q, k, v, pattern)[0]
 
     def run_forward(call, q, k, v, pattern):
-        o, lse = getattr(call.module, forward)(q, k, v, pattern, **call.static)
+        o, lse = forward(q, k, v, pattern, scale=call.scale)
         return o, (q, k, v, o, lse, pattern)
 
     def run_backward(call, residuals, do):
         *arrays, pattern = residuals
-        return *getattr(call.module, backward)(*arrays, do, pattern, **call.static), None
+        return *backward(*arrays, do, pattern, scale=call.scale), None
 
     run = jax.custom_vjp(run, nondiff_argnums=(0,))
     run.defvjp(run_forward, run_backward)
     return run
 
 
-_attend = _differentiable("forward", "backward")
-_attend_rows = _differentiable("rows_forward", "rows_backward")
+_attend = _differentiable(xla.compound.forward, xla.compound.backward)
+_attend_rows = _differentiable(xla.compound.rows_forward, xla.compound.rows_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_at_once(call: _Call, q, k, v, own, pattern):
+    """Global rows and all others in one launch."""
+    return _at_once_forward(call, q, k, v, own, pattern)[0]
+
+
+def _at_once_forward(call, q, k, v, own, pattern):
+    o, lse = pallas.compound.forward(
+        q, k, v, own, pattern, scale=call.scale, interpret=call.interpret
+    )
+    return o, (q, k, v, own, o, lse, pattern)
+
+
+def _at_once_backward(call, residuals, do):
+    *arrays, pattern = residuals
+    gradients = pallas.compound.backward(
+        *arrays, do, pattern, scale=call.scale, interpret=call.interpret
+    )
+    return *gradients, None
+
+
+_attend_at_once.defvjp(_at_once_forward, _at_once_backward)

@@ -60,6 +60,17 @@ def full(shape: tuple[int, ...], value: float, layout) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
+def folded(join: Callable[..., jax.Array], x: jax.Array, least: int = 32) -> jax.Array:
+    """Columns joined with those half a matrix away, until no more than `least` are left.
+
+    The rest of a reduction over columns is then short: each of its steps waits for the one before.
+    """
+    while x.shape[1] > least:
+        half = x.shape[1] // 2
+        x = join(x[:, :half], x[:, half:])
+    return x
+
+
 def per_row(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A value per row, as wide as the matrix."""
     return lax.broadcast_in_dim(x, shape, [0])

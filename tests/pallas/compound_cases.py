@@ -79,12 +79,12 @@ CASES = tuple(
              make=parts(rows=POSITIONS, num_rows=COUNTS, causal=True)),
         Case(name="longformer", T=331, H=64, make=longformer()),
         Case(name="longformer_own", T=331, H=64, make=longformer(), own=True),
-        Case(name="longformer_chunks", T=2048, H=64, B=2, own=True, N=1, K=1,
+        Case(name="longformer_2048", T=2048, H=64, B=2, own=True, N=1, K=1,
              make=longformer(window=256)),
-        Case(name="chunks_padded", T=384, H=32, own=True, N=2, K=1,
+        Case(name="rows_own_padded", T=384, H=32, own=True, N=2, K=1,
              make=lambda c: CompoundPattern.from_parts(
                  c.T, rows=POSITIONS, num_rows=COUNTS, token_mask=lengths(c, c.T, 130))),
-        Case(name="chunks_causal", T=384, H=32, B=1, N=1, K=1,
+        Case(name="rows_own_causal_padded", T=384, H=32, B=1, N=1, K=1,
              make=lambda c: CompoundPattern.from_parts(
                  c.T, rows=POSITIONS[:1], token_mask=lengths(c, 300), causal=True)),
         Case(name="longformer_padded_own", T=331, H=64, N=4, own=True,

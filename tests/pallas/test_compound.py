@@ -9,15 +9,17 @@ import pytest
 
 from sparsax import Band, CompoundPattern, compound_attention, pallas, patterns
 from sparsax.pallas.block_sparse import deal, schedule
-from sparsax.pallas.compound import rows
 from sparsax.patterns import compound
 from tests.helpers import assert_near
 from tests.pallas.compound_cases import CASES, case
 
 NAMES = ("q_global", "k_global", "v_global")
 # Interpreting a case takes seconds; `test_compound_lists` says of all of them which pairs are kept.
-INTERPRETED = ("window_causal", "one_token", "columns_shared_causal", "rows_causal")
-SLOW = ("vertical_slash", "longformer_padded_own", "all_selected", "everything_per_kv_head")
+INTERPRETED = ("window_causal", "one_token", "columns_shared_causal", "rows_own_padded")
+SLOW = (
+    "vertical_slash", "longformer_padded_own", "all_selected", "everything_per_kv_head", "rows_causal",
+    "rows_own_causal_padded",
+)  # fmt: skip
 BY_NAME = pytest.mark.parametrize(
     "name", [*INTERPRETED, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
@@ -83,14 +85,6 @@ def fresh():
     jax.clear_caches()
     yield
     jax.clear_caches()
-
-
-@pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("name", ["chunks_padded", "chunks_causal"])
-def test_chunks_of_global_rows_are_joined_interpreted(name, monkeypatch):
-    monkeypatch.setattr(rows, "SHORTEST", 64)  # so that 384 keys make four chunks of 96
-    with pallas.interpreted(detect_races=True):
-        check(case(name))
 
 
 @pytest.mark.usefixtures("fresh")

@@ -15,7 +15,7 @@ def admitted(c, keys_in_rows):
     """How often each pair is computed, `[B, N, T, T]`, as the kernels walk and mask the lists."""
     q, k, *_ = c.inputs()
     pattern = c.pattern()
-    keys = Keys(problem_of(q, k, pattern, 1.0), pattern)
+    keys = Keys(problem_of(q, k, pattern, 1.0, c.own), pattern)
     x = keys.problem
     lists = (key_lists if keys_in_rows else query_lists)(keys)
     full, count, cols, bits = (None if a is None else np.asarray(a) for a in jax.tree.leaves(
@@ -26,8 +26,8 @@ def admitted(c, keys_in_rows):
     pad = lambda y, fill: np.pad(y, ((0, 0), (0, 0), (0, 256)), constant_values=fill)
     along = pad(of_queries[:, None], -2), pad(of_keys, -3)
     along_row, along_col = reversed(along) if keys_in_rows else along
-    where = np.asarray(keys.slots)
-    found = np.zeros((x.B, x.N, 2 * x.T + x.kv_rows + 512, x.kv_rows + 512), int)
+    # By position, with room for what tiles have past the ends.
+    found = np.zeros((x.B, x.N, x.q_rows + 512, x.kv_rows + 512), int)
     for b, n, r in np.ndindex(x.B, x.N, count.shape[1]):
         p = n // (x.N // x.P)
         own = (b if x.samples > 1 else 0) * x.P + p
@@ -40,36 +40,50 @@ def admitted(c, keys_in_rows):
                 if bits is not None:
                     word = bits[p, r, entry] >> (np.arange(ROWS) // block_row)
                     listed = jnp.broadcast_to(((word & 1) == 1)[:, None], kept.shape)
-                kept = np.asarray(bounds.rule.keep(
-                    jnp.asarray(along_row[b, :, row]), jnp.asarray(along_col[b, :, col]), listed,
-                    kept.shape))  # fmt: skip
+                of_pairs = jnp.asarray(along_row[b, :, row]), jnp.asarray(along_col[b, :, col])
+                position = first if keys_in_rows else r * ROWS
+                if x.rows and position >= x.rows_from:
+                    kept = np.asarray(bounds.rule.seen_by_global_rows(*of_pairs, kept.shape))
+                else:
+                    kept = np.asarray(bounds.rule.keep(*of_pairs, listed, kept.shape))
             at = found[b, n]
             if keys_in_rows:
                 at[col, row] += kept.T
             else:
                 at[row, col] += kept
+    return folded(found, keys), pattern
+
+
+def folded(found, keys):
+    """Pairs of tokens, whichever copies of them attended to each other; `[B, N, T, T]`."""
+    x, pattern = keys.problem, keys.pattern
     total = found[:, :, : x.T, : x.T].copy()
-    for b in range(x.B if x.packed else 0):
+    packed, asking = (np.asarray(y) for y in (keys.slots, keys.row_slots))
+    for b in range(x.B):
         sample = b if x.samples > 1 else 0
-        used = int(pattern.num_columns[min(b, len(pattern.num_columns) - 1)])
-        for i in range(x.packed):
-            column = found[b, :, : x.T, x.packed_from + i]
-            if i < used:
-                total[b, :, :, where[sample, i]] += column
+        for i, column in enumerate(packed[sample]):
+            pairs = found[b, :, : x.T, x.packed_from + i]
+            if column < x.T:
+                total[b, :, :, column] += pairs
             else:
-                assert not column.any()
+                assert not pairs.any()
+        # As ordinary rows the global ones are thrown away.
+        there = asking[sample] < x.T
+        total[b, :, asking[sample][there]] = 0
+        for i in np.flatnonzero(there):
+            row = found[b, :, x.rows_from + i]
+            total[b, :, asking[sample, i]] += row[:, x.rows_see_from :][:, : x.T]
+            # Gradients of what is past the end are cut off.
+            assert not row[:, : x.rows_see_from].any()
     if pattern.token_mask is not None:  # whole tiles ask no query, see attention.forward
         total *= np.asarray(pattern.token_mask)[:, None, :, None]
-    return total, pattern
+    return total
 
 
 @pytest.mark.parametrize("keys_in_rows", [False, True])
 @pytest.mark.parametrize("c", [c for c in CASES if c.T < 1000], ids=lambda c: c.name)
 def test_every_pair_is_computed_once(c, keys_in_rows):
     total, pattern = admitted(c, keys_in_rows)
-    masks = {name: mask for name, mask in pattern.part_masks().items() if name != "rows"}
-    want = np.zeros((1, 1, c.T, c.T), bool)
-    for mask in masks.values():
-        want = want | np.asarray(mask)
+    want = np.asarray(pattern.to_mask())
     want = np.repeat(want, c.N // want.shape[1], 1)
     np.testing.assert_array_equal(total, np.broadcast_to(want, total.shape).astype(int))

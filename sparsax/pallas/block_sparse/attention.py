@@ -1,5 +1,6 @@
 """Block-sparse attention on Hopper tensor cores: prepares lists and vectors, runs the kernels."""
 
+import jax
 import jax.numpy as jnp
 
 from sparsax.pallas.block_sparse.combine import combine
@@ -22,27 +23,34 @@ def forward(
     """`(o [B, T, N, H], lse [B, N, T])`; a row that keeps nothing has o = 0 and lse = -inf."""
     problem = _problem(q, k, kv_num_blocks, q_ids, block_q, block_kv, scale, causal, window)
     lists = tile_lists(kv_num_blocks, kv_indices, problem.q_bounds, block_q, block_kv)
-    return run_forward(problem, lists, (q_ids, kv_ids), (), q, k, v, config, interpret)
+    (o,), (lse,) = run_forward(problem, lists, (q_ids, kv_ids), [q], [k], [v], config, interpret)
+    return o, lse
 
 
 def run_forward(
-    problem: Problem, lists: TileLists, ids, packed, q, k, v, config: Config | None, interpret
-):
-    """`forward` over the lists of row tiles.
+    problem: Problem, lists: TileLists, ids, q, k, v, config: Config | None, interpret
+):  # fmt: skip
+    """`forward` over the lists of row tiles: of each array in q an o and an lse.
 
-    `ids` are those of queries and keys, `(None, None)` or what the problem's rule reads. `packed`
-    is empty or the packed keys and their values.
+    q, k and v are lists of arrays that stand behind each other: queries and global rows; keys,
+    packed keys and those of global rows. `ids` are those of queries and keys, `(None, None)` or
+    what the problem's rule reads.
     """
     config = config or best_config(problem, _masked(problem, lists))
     schedule, table, splits = _of_queries(problem, lists, interpret)
     kernel = forward_kernel(
         problem, schedule, lists.bits is not None, **config.forward.keywords, interpret=interpret
     )
-    q, k, v = (_copyable(x) for x in (q, k, v))
-    o, lse, *parts = kernel(*_operands(lists, table, ids, packed), q, k, v)
+    arrays = [_copyable(x) for x in (*q, *k, *v)]
+    results = kernel(*_operands(lists, table, ids), *arrays)
+    o, lse, parts = results[: len(q)], results[len(q)], results[len(q) + 1 :]
     if parts:
-        o, lse = combine(schedule, problem.samples, splits, parts, [o, lse], interpret)
-    return vary((o[:, : problem.T], lse[..., : problem.T] / LOG2E), (q, k, v, lists, ids))
+        (o,), lse = combine(
+            schedule, problem.samples, splits, parts, [list(o)], problem.q_starts, lse, interpret
+        )
+    return vary(
+        (_cut(o, problem.q_lengths), problem.of_queries(lse / LOG2E)), (arrays, lists, ids)
+    )  # fmt: skip
 
 
 def backward(
@@ -53,41 +61,48 @@ def backward(
     problem = _problem(q, k, kv_num_blocks, q_ids, block_q, block_kv, scale, causal, window)
     by_query = tile_lists(kv_num_blocks, kv_indices, problem.q_bounds, block_q, block_kv)
     by_key = tile_lists(q_num_blocks, q_indices, problem.kv_bounds, block_kv, block_q)
-    return run_backward(
-        problem, by_query, by_key, (q_ids, kv_ids), (), q, k, v, o, lse, do, dlse, config, interpret
-    )
+    (dq,), (dk,), (dv,) = run_backward(
+        problem, by_query, by_key, (q_ids, kv_ids), [q], [k], [v], [o], [lse], [do], dlse, config,
+        interpret,
+    )  # fmt: skip
+    return dq, dk, dv
 
 
 def run_backward(
-    problem: Problem, by_query: TileLists, by_key: TileLists, ids, packed, q, k, v, o, lse, do,
-    dlse, config: Config | None, interpret,
+    problem: Problem, by_query: TileLists, by_key: TileLists, ids, q, k, v, o, lse, do, dlse,
+    config: Config | None, interpret,
 ):  # fmt: skip
-    """`backward` over the lists of row tiles; dk and dv have `problem.kv_rows` rows."""
+    """`backward` over the lists of row tiles, of lists of arrays as `run_forward` takes them."""
     config = config or best_config(problem, _masked(problem, by_query))
-    padded = ((0, 0), (0, 0), (0, -problem.T % ROWS))
     # ds = p * (dp - delta + dlse): what a row subtracts, FlashAttention-2 section 3.1.2.
-    products = o.astype(jnp.float32) * do.astype(jnp.float32)
-    delta = jnp.pad(products.sum(-1).swapaxes(1, 2) - dlse, padded)
+    delta = [
+        (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
+        for x, y in zip(o, do, strict=True)
+    ]
     # A row with lse = -inf keeps nothing; +inf makes every probability of it zero.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
-    lse = jnp.pad(lse, padded, constant_values=jnp.inf)
-    vectors = *(_copyable(x) for x in (q, k, v, do)), lse, delta
+    lse = [jnp.where(x == -jnp.inf, jnp.inf, x * LOG2E) for x in lse]
+    q, k, v, do = ([_copyable(x) for x in each] for each in (q, k, v, do))
+    arrays = *q, *k, *v, *do, _behind(lse, jnp.inf), _behind(delta, 0.0)
 
     schedule, table, splits = _of_queries(problem, by_query, interpret)
     kernel = dq_kernel(
         problem, schedule, by_query.bits is not None, **config.dq.keywords, interpret=interpret
     )
-    dq, *parts = kernel(*_operands(by_query, table, ids, packed), *vectors)
+    results = kernel(*_operands(by_query, table, ids), *arrays)
+    dq, parts = results[: len(q)], results[len(q) :]
     if parts:
-        (dq,) = combine(schedule, problem.samples, splits, parts, [dq], interpret)
-    dk, dv = _of_keys(problem, config.dkv, by_key, ids, packed, vectors, interpret)
-    gradients = dq[:, : problem.T], dk[:, : problem.kv_rows], dv[:, : problem.kv_rows]
-    return vary(gradients, (vectors, by_query, by_key, ids))
+        (dq,), _ = combine(
+            schedule, problem.samples, splits, parts, [list(dq)], problem.q_starts, None, interpret
+        )
+    dk, dv = _of_keys(problem, config.dkv, by_key, ids, arrays, interpret)
+    lengths = problem.q_lengths, problem.kv_lengths, problem.kv_lengths
+    gradients = tuple(map(_cut, (dq, dk, dv), lengths))
+    return vary(gradients, (arrays, by_query, by_key, ids))
 
 
-def _of_keys(problem: Problem, tiling, lists: TileLists, ids, packed, vectors, interpret):
-    """`dk, dv`, split rows and all."""
-    rows, samples = lists.count.shape[1], problem.samples
+def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, interpret):
+    """`dk, dv`, a list of arrays each, split rows and all."""
+    rows, samples, starts = lists.count.shape[1], problem.samples, problem.kv_starts
     owners = min(problem.P, problem.K)  # of one sample
     work = units(jnp.maximum(lists.count, 0), problem.block_q).reshape(samples * owners, -1, rows)
     queries = problem.N // max(problem.P, problem.K)  # heads of a kv head that walk one list
@@ -95,21 +110,24 @@ def _of_keys(problem: Problem, tiling, lists: TileLists, ids, packed, vectors, i
     copies = problem.B // samples * (problem.K // owners)
     schedule = Schedule(samples * owners, rows, copies, longest)
     table, splits = deal(schedule, queries * work.sum(1), interpret=interpret)
-    operands = *_operands(lists, table, ids, packed), *vectors
-    parts = []
+    operands = *_operands(lists, table, ids), *arrays
+    found = []
     for features in [(0, 128), (128, 256)] if problem.H == 256 else [None]:
         kernel = dkv_kernel(
             problem, schedule, lists.bits is not None, **tiling.keywords, features=features,
             interpret=interpret,
         )  # fmt: skip
-        dk, dv, *sums = kernel(*operands)
-        targets = [dk, dv]
-        if sums:
-            targets = combine(schedule, samples, splits, sums, targets, interpret)
-        parts.append(targets)
-    if len(parts) == 1:
-        return parts[0]
-    return [jnp.concatenate(x, -1) for x in zip(*parts, strict=True)]
+        results = kernel(*operands)
+        many = len(starts)
+        targets = [list(results[:many]), list(results[many : 2 * many])]
+        if parts := results[2 * many :]:
+            targets, _ = combine(
+                schedule, samples, splits, parts, targets, starts, None, interpret
+            )  # fmt: skip
+        found.append(targets)
+    if len(found) == 1:
+        return found[0]
+    return jax.tree.map(lambda *halves: jnp.concatenate(halves, -1), *found)
 
 
 def _of_queries(problem: Problem, lists: TileLists, interpret):
@@ -142,16 +160,34 @@ def _copyable(x):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) if x.shape[1] % 8 else x
 
 
-def _operands(lists, table, ids, packed):
+def _cut(arrays, lengths):
+    """Arrays of these lengths, without what copies needed."""
+    return [x[:, :length] for x, length in zip(arrays, lengths, strict=True)]
+
+
+def _behind(vectors, fill: float):
+    """Vectors `[B, N, T]` one behind the other, each padded to row tiles."""
+    padded = [
+        jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % ROWS)), constant_values=fill)
+        for x in vectors
+    ]
+    return padded[0] if len(padded) == 1 else jnp.concatenate(padded, -1)
+
+
+def _operands(lists, table, ids):
     operands = [table, lists.full, lists.count, lists.cols]
     operands += [] if lists.bits is None else [lists.bits]
-    if ids[0] is not None:
-        of_queries, of_keys = ids
+    of_queries, of_keys = ids
+    if of_queries is not None:
         if of_keys.ndim == 2:
-            of_keys = of_keys[:, None]
-        # Lengths that a copy of whole tiles can read, and a row tile of keys that stand for absent
-        # ones; no padded id equals another one.
-        for each, fill, more in ((of_queries, -2, 0), (of_keys, -3, ROWS)):
-            padded = *((0, 0),) * (each.ndim - 1), (0, -each.shape[-1] % ROWS + more)
-            operands.append(jnp.pad(each, padded, constant_values=fill))
-    return [*operands, *packed]
+            # Lengths that a copy of whole tiles can read, and a row tile of keys that stand for
+            # absent ones, as a rule's have them already; no padded id equals another one.
+            of_queries = _padded(of_queries, -2, 0)
+            of_keys = _padded(of_keys[:, None], -3, ROWS)
+        operands += [of_queries, of_keys]
+    return operands
+
+
+def _padded(ids, fill: int, more: int):
+    widths = *((0, 0),) * (ids.ndim - 1), (0, -ids.shape[-1] % ROWS + more)
+    return jnp.pad(ids, widths, constant_values=fill)

@@ -9,33 +9,36 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.block_sparse.schedule import Schedule
+from sparsax.pallas.block_sparse.segments import split
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import LOWEST, MATRIX, ROW, full, per_row, shared, zeros
 
 STRIP = 64  # rows joined by one warpgroup, as many as its registers hold
 
 
-def combine(schedule: Schedule, samples: int, splits, parts, targets, interpret):
-    """`targets [B, S, K, H]` with the row tiles of split rows filled in from their pieces.
+def combine(schedule: Schedule, samples: int, splits, parts, targets, starts, lse, interpret):
+    """Targets `[B, S, K, H]` with the row tiles of split rows filled in from their pieces.
 
-    `samples` is 1 where all share their lists. `splits [2, E]` is from `deal`, `parts`
-    are from the kernel that wrote them: sums `[part and copy, target, 128, H]`, which are added; or
+    Each target is a list of arrays that begin at the positions `starts`. `samples` is 1 where all
+    share their lists. `splits [2, E]` is from `deal`, `parts` are from the kernel that wrote them:
+    sums `[part and copy, target, 128, H]`, which are added; or
     the outputs of softmax attention `[part and copy, 1, 128, H]` and their log-sum-exps
-    `[part and copy, 128]` in units of log 2, which are averaged by weight: then the last target is
-    the log-sum-exp `[B, K, S']` of the row.
+    `[part and copy, 128]` in units of log 2, which are averaged by weight: then `lse [B, K, S']` is
+    that of the rows, else None. It returns the targets and lse.
     """
-    (_, _, heads, features), dtype = targets[0].shape, targets[0].dtype
+    (_, _, heads, features), dtype = targets[0][0].shape, targets[0][0].dtype
     owners = schedule.owners // samples  # of one sample
     sharing, gradients = heads // owners, parts[0].shape[1]
     shape, weighted = (STRIP, features), len(parts) > 1
 
     def kernel(splits, *refs, smem, lse_smem):
-        (sums, *lses), refs = refs[: len(parts)], refs[len(parts) :]
+        (sums, *lses), refs = refs[: len(parts)], list(refs[len(parts) :])
+        *targets, whole = split(refs, *(starts for _ in range(gradients)))
         nth, copy = lax.axis_index("split"), lax.axis_index("copy")
         row, more = splits[0, nth], splits[1, nth]
         begin = lax.axis_index("strip") * STRIP
         strip = pl.ds(begin, STRIP)
-        at = pl.ds(lax.rem(row, jnp.int32(schedule.tiles)) * ROWS + begin, STRIP)
+        first = lax.rem(row, jnp.int32(schedule.tiles)) * ROWS + begin
         owner = row // schedule.tiles
         sample = copy // sharing + owner // owners
         head = lax.rem(owner, jnp.int32(owners)) * sharing + lax.rem(copy, jnp.int32(sharing))
@@ -45,6 +48,14 @@ def combine(schedule: Schedule, samples: int, splits, parts, targets, interpret)
 
         def piece(n, i):
             return plgpu.load(sums.at[place(n), i, strip], layout=MATRIX, optimized=False)
+
+        def write(i, rows):
+            smem[i] = rows
+            plgpu.commit_smem()
+            # A copy of a whole tile stops at the end of the array by itself.
+            targets[i].at(first, lambda ref, first: plgpu.copy_smem_to_gmem(
+                smem.at[i], ref.at[sample, pl.ds(first, STRIP), head]
+            ))  # fmt: skip
 
         def averaged():
             def join(n, carry):
@@ -60,18 +71,13 @@ def combine(schedule: Schedule, samples: int, splits, parts, targets, interpret)
             empty = total == 0.0
             positive = jnp.where(empty, 1.0, total)
             lse_smem[...] = jnp.where(empty, -jnp.inf, top + jnp.log2(positive))
-            smem[0] = (acc / per_row(positive, shape)).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem.at[0], refs[0].at[sample, at, head])
-            plgpu.copy_smem_to_gmem(lse_smem, refs[1].at[sample, head, at])
+            write(0, (acc / per_row(positive, shape)).astype(dtype))
+            plgpu.copy_smem_to_gmem(lse_smem, whole[0].at[sample, head, pl.ds(first, STRIP)])
 
         def added():
             for i in range(gradients):
                 add = lambda n, total, i=i: total + piece(n, i)
-                smem[i] = lax.fori_loop(1, more + 1, add, piece(0, i)).astype(dtype)
-                plgpu.commit_smem()
-                # A copy of a whole tile stops at the end of the array by itself.
-                plgpu.copy_smem_to_gmem(smem.at[i], refs[i].at[sample, at, head])
+                write(i, lax.fori_loop(1, more + 1, add, piece(0, i)).astype(dtype))
 
         @pl.when(more > 0)
         def _():
@@ -82,7 +88,7 @@ def combine(schedule: Schedule, samples: int, splits, parts, targets, interpret)
         "smem": shared((gradients, STRIP, features), dtype),
         "lse_smem": plgpu.SMEM((STRIP,), jnp.float32) if weighted else None,
     }
-    refs = [jax.new_ref(x) for x in targets]
+    refs = jax.tree.map(jax.new_ref, (targets, [] if lse is None else [lse]))
     grid = {"split": schedule.extra, "copy": schedule.copies, "strip": ROWS // STRIP}
     plgpu.kernel(
         kernel,
@@ -93,5 +99,6 @@ def combine(schedule: Schedule, samples: int, splits, parts, targets, interpret)
         kernel_name="block_sparse_combine",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(splits, *parts, *refs)
-    return tuple(jax.freeze(ref) for ref in refs)
+    )(splits, *parts, *jax.tree.leaves(refs))
+    targets, rest = jax.tree.map(jax.freeze, refs)
+    return targets, rest[0] if rest else None

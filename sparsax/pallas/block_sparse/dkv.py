@@ -19,6 +19,7 @@ from sparsax.pallas.block_sparse import masks, stream
 from sparsax.pallas.block_sparse.problem import Columns, Problem
 from sparsax.pallas.block_sparse.rows import Lists
 from sparsax.pallas.block_sparse.schedule import Item, Schedule, part_types, units
+from sparsax.pallas.block_sparse.segments import Segments, split
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import (
     COL,
@@ -61,12 +62,11 @@ def dkv_kernel(
     interpret,
     features: tuple[int, int] | None = None,
 ):
-    """A function of `(table, full, count, cols, [bits], [ids], [packed], q, k, v, do, lse, delta)`.
+    """A function of `(table, full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
 
-    ids are `q_ids, kv_ids`, packed the packed keys and their values, `[B, packed, K, H]`; lse and
-    delta are as for dQ. It returns `dk, dv [B, S, K, H]`, those of packed keys behind the others,
-    or the given range of their features alone where registers cannot hold all of them, and float32
-    sums of the parts of split rows, `[part and copy, dk and dv, 128, H]`.
+    lse and delta are as for dQ. It returns `*dk, *dv [B, S, K, H]`, or the given range of their
+    features alone where registers cannot hold all of them, and float32 sums of the parts of split
+    rows, `[part and copy, dk and dv, 128, H]`.
     """
     columns, cores = Columns(x.block_q, tile, x.kv_bounds), TensorCores(interpret is not None)
     low, high = features or (0, x.H)
@@ -77,7 +77,10 @@ def dkv_kernel(
 
     def kernel(*refs, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ids_smem, out_smem,
                kv_bars, bars, turn_bars):  # fmt: skip
-        lists, (q, k, v, do, lse, delta, dk, dv, *parts) = Lists.split(refs, bits, x)
+        lists, refs = Lists.split(refs, bits, x)
+        of_queries, of_keys = x.q_starts, x.kv_starts
+        q, k, v, do, (lse, delta, *refs) = split(refs, of_queries, of_keys, of_keys, of_queries)
+        dk, dv, parts = split(refs, of_keys, of_keys)
         kv_ring, ring = Ring(kv_bars, row_slots), Ring(bars, stages)
         wg = lax.axis_index("wg")
 
@@ -122,18 +125,14 @@ def dkv_kernel(
                     place = kv_ring.slot(done)
                     filled = kv_ring.filled.at[place]
 
-                    def bring(k, v, first):
-                        for i in range(COMPUTE):
-                            at = b, pl.ds(first + i * WG_ROWS, WG_ROWS), kv_head
-                            plgpu.copy_gmem_to_smem(k.at[at], k_smem.at[place, i], filled)
-                            plgpu.copy_gmem_to_smem(v.at[at], v_smem.at[place, i], filled)
+                    for source, smem in ((k, k_smem), (v, v_smem)):
 
-                    first = item.row * ROWS
-                    if not x.packed:
-                        bring(k, v, first)
-                    else:
-                        packed = lists.k_packed, lists.v_packed, first - x.packed_from
-                        stream.either(first < x.packed_from, bring, (k, v, first), packed)
+                        def bring(ref, first, smem=smem):
+                            for i in range(COMPUTE):
+                                at = b, pl.ds(first + i * WG_ROWS, WG_ROWS), kv_head
+                                plgpu.copy_gmem_to_smem(ref.at[at], smem.at[place, i], filled)
+
+                        source.at(item.row * ROWS, bring)
 
                 def fill_head(walk: _HeadWalk, step):
                     index, head = (walk.pattern_head, item.row), walk.head
@@ -142,15 +141,17 @@ def dkv_kernel(
                         slot = ring.slot(step)
                         begins = stream.starts(columns, lists.cols, index, walk.count, t)
                         ring.reserve(step)
-                        bring = lambda source, smem: stream.copy(
-                            columns, begins, source, smem.at[slot], ring.filled.at[slot]
+                        bring = lambda source, part_of, smem: stream.copy(
+                            columns, begins, source, part_of, smem.at[slot], ring.filled.at[slot]
                         )
-                        bring(lambda rows: q.at[b, rows, head], q_smem)
-                        bring(lambda rows: do.at[b, rows, head], do_smem)
-                        bring(lambda rows: lse.at[b, head, rows], lse_smem)
-                        bring(lambda rows: delta.at[b, head, rows], delta_smem)
+                        for source, smem in ((q, q_smem), (do, do_smem)):
+                            bring(source, lambda ref, rows: ref.at[b, rows, head], smem)
+                        for ref, smem in ((lse, lse_smem), (delta, delta_smem)):
+                            whole = Segments((ref,), (0,))
+                            bring(whole, lambda ref, rows: ref.at[b, head, rows], smem)
                         if x.ids:
-                            bring(lambda rows: lists.q_ids.at[b, rows], ids_smem)
+                            whole = Segments((lists.q_ids,), (0,))
+                            bring(whole, lambda ref, rows: ref.at[b, rows], ids_smem)
                         return step + 1
 
                     return lax.fori_loop(walk.first, walk.last, fill, step)
@@ -185,8 +186,14 @@ def dkv_kernel(
                     count = jnp.maximum(walk.count, 0)
 
                     def find(t):
-                        return masks.pieces(columns, lists.cols, lists.bits, index, count, t,
-                                            row_in_tile, x.block_kv)  # fmt: skip
+                        found = masks.pieces(columns, lists.cols, lists.bits, index, count, t,
+                                             row_in_tile, x.block_kv)  # fmt: skip
+                        if not x.rows:
+                            return found, None
+                        if columns.gather > 1:  # both kinds of queries may share the tile
+                            return found, x.rows_from
+                        begins = stream.starts(columns, lists.cols, index, jnp.maximum(count, 1), t)
+                        return found, begins[0] >= x.rows_from
 
                     def advance(t, found, carry):
                         dk_acc, dv_acc, step = carry
@@ -203,8 +210,10 @@ def dkv_kernel(
                             if found is None:
                                 return weights
                             ids = (row_ids, (of_cols(ids_smem),)) if x.ids else None
-                            kept = masks.keep(columns, found, first_row, x.block_kv, ids)
-                            return jnp.where(kept, weights, 0.0)
+                            pieces, is_global = found
+                            return masks.keep(
+                                weights, 0.0, columns, pieces, first_row, x.block_kv, ids, is_global
+                            )
 
                         def gradients(get_s, get_dp):
                             weights = probabilities(get_s())
@@ -258,7 +267,9 @@ def dkv_kernel(
                         out = out_smem.at[0 if features else i, wg]
                         out[...] = gradient.astype(x.dtype)
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(out, target.at[b, rows, kv_head])
+                        target.at(first_row, lambda ref, first, out=out: plgpu.copy_smem_to_gmem(
+                            out, ref.at[b, pl.ds(first, WG_ROWS), kv_head]
+                        ))  # fmt: skip
 
                 def write_part():
                     place = item.part * schedule.copies + item.copy
@@ -276,13 +287,16 @@ def dkv_kernel(
             order.close()
             plgpu.wait_smem_to_gmem(0)
 
-    out = jax.ShapeDtypeStruct((x.B, -(-x.kv_rows // 8) * 8, x.K, high - low), x.dtype)
+    outs = [
+        jax.ShapeDtypeStruct((x.B, -(-length // 8) * 8, x.K, high - low), x.dtype)
+        for length in x.kv_lengths
+    ]
     vector = lambda dtype: plgpu.SMEM((stages, tile), dtype)
     return launch(
         kernel,
         "block_sparse_dkv",
         schedule.thread_blocks,
-        (out, out, *part_types(schedule, (2, ROWS, high - low))),
+        (*outs, *outs, *part_types(schedule, (2, ROWS, high - low))),
         interpret,
         k_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         v_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),

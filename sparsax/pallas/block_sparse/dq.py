@@ -4,7 +4,6 @@ Dao, "FlashAttention-2" (arXiv 2307.08691), algorithm 2, for the queries alone. 
 adds a tile's share to dQ runs while the next tile's probabilities are computed.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -12,8 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.block_sparse import stream
 from sparsax.pallas.block_sparse.problem import Columns, Problem
-from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles
+from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles, query_types
 from sparsax.pallas.block_sparse.schedule import Schedule, part_types
+from sparsax.pallas.block_sparse.segments import split
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import (
     COMPUTE,
@@ -35,11 +35,11 @@ def dq_kernel(
     x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
     row_slots: int, interpret,
 ):  # fmt: skip
-    """A function of `(table, full, count, cols, [bits], [ids], [packed], q, k, v, do, lse, delta)`.
+    """A function of `(table, full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
 
     lse is in units of log 2 and infinite for a query that keeps nothing; both it and delta are
-    `[B, N, T']`, T' padded to row tiles. It returns `dq [B, T, N, H]`, and float32 sums of the
-    pieces of split rows, `[part and copy, 1, 128, H]`.
+    `[B, N, T']`, T' all positions, padded to row tiles. It returns `*dq [B, T, N, H]`, and float32
+    sums of the pieces of split rows, `[part and copy, 1, 128, H]`.
     """
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
     masked, gain = columns.masked(bits), x.scale * LOG2E
@@ -47,7 +47,10 @@ def dq_kernel(
 
     def kernel(*refs, q_smem, do_smem, k_smem, v_smem, dq_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
-        lists, (q, k, v, do, lse, delta, dq, *parts) = Lists.split(refs, bits, x)
+        lists, refs = Lists.split(refs, bits, x)
+        of_queries, of_keys = x.q_starts, x.kv_starts
+        q, k, v, do, (lse, delta, *refs) = split(refs, of_queries, of_keys, of_keys, of_queries)
+        dq, parts = split(refs, of_queries)
         tiles = QueryTiles(x, columns, schedule, lists)
         q_ring, k_ring, v_ring = Ring(q_bars, row_slots), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")
@@ -73,12 +76,13 @@ def dq_kernel(
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
                 steps, place = work.steps, q_ring.slot(done)
                 queries, cotangents = q_smem.at[place, wg], do_smem.at[place, wg]
-                rows = pl.ds(jnp.maximum(work.row, 0) * ROWS + wg * WG_ROWS, WG_ROWS)
+                first_row = jnp.maximum(work.row, 0) * ROWS + wg * WG_ROWS
+                rows = pl.ds(first_row, WG_ROWS)
                 of_rows = lambda ref: plgpu.load(
                     ref.at[work.sample, work.head, rows], layout=ROW, optimized=False
                 )
                 row_lse, row_delta = of_rows(lse), of_rows(delta)
-                find, kept = tiles.mask(work, wg) if masked else (None, None)
+                find, keep = tiles.mask(work, wg) if masked else (None, None)
 
                 def products(step):
                     k_ring.wait(step)
@@ -92,7 +96,7 @@ def dq_kernel(
                     if found is None:
                         return weights
                     ids = ids_smem.at[k_ring.slot(step)] if x.ids else None
-                    return jnp.where(kept(found, ids), weights, 0.0)
+                    return keep(weights, 0.0, found, ids)
 
                 def logit_gradients(weights, dp, step):
                     release(v_ring, step)
@@ -155,7 +159,9 @@ def dq_kernel(
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     out[...] = result.astype(x.dtype)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(out, dq.at[work.sample, rows, work.head])
+                    dq.at(first_row, lambda ref, first: plgpu.copy_smem_to_gmem(
+                        out, ref.at[work.sample, pl.ds(first, WG_ROWS), work.head]
+                    ))  # fmt: skip
 
                 def write_part():
                     parts[0].at[work.part, 0, pl.ds(wg * WG_ROWS, WG_ROWS)][...] = result
@@ -180,7 +186,7 @@ def dq_kernel(
         "block_sparse_dq",
         schedule.thread_blocks,
         (
-            jax.ShapeDtypeStruct((x.B, -(-x.T // 8) * 8, x.N, x.H), x.dtype),
+            *query_types(x),
             *part_types(schedule, (1, ROWS, x.H)),
         ),
         interpret,

@@ -11,9 +11,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.block_sparse import stream
-from sparsax.pallas.block_sparse.problem import Columns, Problem
-from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles
+from sparsax.pallas.block_sparse.problem import Columns, Problem, whole_tiles
+from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles, query_types
 from sparsax.pallas.block_sparse.schedule import Schedule, part_types
+from sparsax.pallas.block_sparse.segments import split
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import (
     COMPUTE,
@@ -25,6 +26,7 @@ from sparsax.pallas.hopper import (
     Ring,
     TensorCores,
     Turns,
+    folded,
     full,
     launch,
     per_row,
@@ -37,12 +39,13 @@ def forward_kernel(
     x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
     row_slots: int, interpret,
 ):  # fmt: skip
-    """A function of `(table, full, count, cols, [bits], [ids], [packed], q, k, v)`.
+    """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], *q, *k, *v)`.
 
-    ids are `q_ids, kv_ids`, packed the packed keys and their values, `[B, packed, K, H]`.
+    q, k and v are one array or, behind each other, several: those of `q_starts` and `kv_starts`.
 
-    It returns `o [B, T, N, H]` and `lse [B, N, T']` in units of log 2, T' padded to row tiles; and
-    of the pieces of split rows the same in float32, `[part and copy, 128, H]` and `[.., 128]`.
+    It returns `*o [B, T, N, H]` and `lse [B, N, T']` in units of log 2, T' all positions, padded to
+    row tiles; and of the pieces of split rows the same in float32, `[part and copy, 128, H]` and
+    `[.., 128]`.
     """
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
     masked, scale = columns.masked(bits), x.scale * LOG2E
@@ -52,7 +55,8 @@ def forward_kernel(
 
     def kernel(*refs, q_smem, k_smem, v_smem, o_smem, lse_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
-        lists, (q, k, v, o, lse, *parts) = Lists.split(refs, bits, x)
+        lists, refs = Lists.split(refs, bits, x)
+        q, k, v, o, (lse, *parts) = split(refs, x.q_starts, x.kv_starts, x.kv_starts, x.q_starts)
         tiles = QueryTiles(x, columns, schedule, lists)
         q_ring, k_ring, v_ring = Ring(q_bars, row_slots), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")
@@ -73,20 +77,21 @@ def forward_kernel(
                 ring.release(step)
 
             def softmax(s, top, total):
-                new_top = jnp.maximum(top, s.max(axis=1) * gain)
+                new_top = jnp.maximum(top, folded(jnp.maximum, s).max(axis=1) * gain)
                 weights = jnp.exp2(s * gain - per_row(new_top, s.shape))
                 decay = jnp.exp2(top - new_top)
-                return weights, new_top, total * decay + weights.sum(axis=1), decay
+                total = total * decay + folded(jnp.add, weights).sum(axis=1)
+                return weights, new_top, total, decay
 
             def attend(work: QueryTile, carry):
                 done, begun = carry
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
                 steps, queries = work.steps, q_smem.at[q_ring.slot(done), wg]
-                find, kept = tiles.mask(work, wg) if masked else (None, None)
+                find, keep = tiles.mask(work, wg) if masked else (None, None)
 
                 def mask(s, step, found):
                     ids = ids_smem.at[k_ring.slot(step)] if x.ids else None
-                    return jnp.where(kept(found, ids), s, -jnp.inf)
+                    return keep(s, -jnp.inf, found, ids)
 
                 def scores(step):
                     k_ring.wait(step)
@@ -168,9 +173,13 @@ def forward_kernel(
                     out[...] = result.astype(x.dtype)
                     lse_smem.at[wg][...] = log_total
                     plgpu.commit_smem()
-                    rows = pl.ds(work.row * ROWS + wg * WG_ROWS, WG_ROWS)
-                    plgpu.copy_smem_to_gmem(out, o.at[work.sample, rows, work.head])
-                    plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse.at[work.sample, work.head, rows])
+                    first = work.row * ROWS + wg * WG_ROWS
+                    rows = lambda first: pl.ds(first, WG_ROWS)
+                    o.at(first, lambda ref, first: plgpu.copy_smem_to_gmem(
+                        out, ref.at[work.sample, rows(first), work.head]
+                    ))  # fmt: skip
+                    of_rows = lse.at[work.sample, work.head, rows(first)]
+                    plgpu.copy_smem_to_gmem(lse_smem.at[wg], of_rows)
 
                 def write_part():
                     rows = pl.ds(wg * WG_ROWS, WG_ROWS)
@@ -197,8 +206,8 @@ def forward_kernel(
         "block_sparse_forward",
         schedule.thread_blocks,
         (
-            jax.ShapeDtypeStruct((x.B, -(-x.T // 8) * 8, x.N, x.H), x.dtype),
-            jax.ShapeDtypeStruct((x.B, x.N, -(-x.T // ROWS) * ROWS), jnp.float32),
+            *query_types(x),
+            jax.ShapeDtypeStruct((x.B, x.N, whole_tiles(x.q_rows)), jnp.float32),
             *part_types(schedule, (1, ROWS, x.H), (ROWS,)),
         ),
         interpret,

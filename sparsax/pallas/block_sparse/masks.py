@@ -39,23 +39,46 @@ def pieces(columns: Columns, cols_ref, bits_ref, index, count, tile, row_in_tile
     return starts, words
 
 
-def keep(columns: Columns, found, first_row, block_row: int, ids: tuple[Any, Any] | None):
-    """Boolean `[64, tile]`: the pairs of a warpgroup's rows and a tile's columns that attend."""
-    shape, bounds = (WG_ROWS, columns.tile), columns.bounds
+def keep(
+    values, fill: float, columns: Columns, found, first_row, block_row: int,
+    ids: tuple[Any, Any] | None, is_global,
+):  # fmt: skip
+    """Values `[64, tile]` of a warpgroup's rows and a tile's columns, where the pair attends.
+
+    `is_global` is a scalar of the kernel, whether the tile is one of global rows; or the position
+    from which on the columns of a tile are; None without any.
+    """
+    shape, rule = values.shape, columns.bounds.rule
+    ordinary = lambda: _kept(columns, found, first_row, block_row, ids, shape)
+
+    def of_global_rows():
+        kept = rule.seen_by_global_rows(*ids, shape)
+        if columns.ids_say_all:
+            return kept
+        return kept & (_cols(columns, found[0], shape)[1] < columns.bounds.cols)
+
+    where = lambda kept: lambda x: jnp.where(kept(), x, fill)
+    if is_global is None:
+        return where(ordinary)(values)
+    if isinstance(is_global, int):
+        later = _cols(columns, found[0], shape)[1] >= is_global
+        return where(lambda: (later & of_global_rows()) | (~later & ordinary()))(values)
+    return lax.cond(is_global, where(of_global_rows), where(ordinary), values)
+
+
+def _kept(columns: Columns, found, first_row, block_row: int, ids, shape):
+    """Boolean matrix of the pairs that attend, but for global rows."""
+    bounds = columns.bounds
     if columns.ids_say_all:
         return bounds.rule.keep(*ids, None, shape)
     starts, words = found
-    iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
-    row, lane = iota(0), iota(1)
-    col = lane + starts[0]
-    for piece in range(1, columns.gather):
-        begin = piece * columns.width
-        col = jnp.where(lane < begin, col, lane + (starts[piece] - begin))
+    lane, col = _cols(columns, starts, shape)
     kept = _within(bounds, col, first_row)
     listed = None
     if block_row < WG_ROWS or (bounds.rule is not None and bounds.rule.blocks):
         word = _select(lane, words, columns.width)
         if block_row < WG_ROWS:
+            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
             word = lax.shift_right_logical(word, row // block_row)
         listed = (word & 1) == 1
     if bounds.rule is not None and ids is not None:
@@ -65,6 +88,16 @@ def keep(columns: Columns, found, first_row, block_row: int, ids: tuple[Any, Any
         (rows,), (cols,) = ids
         kept &= per_row(rows, shape) == per_col(cols, shape)
     return kept
+
+
+def _cols(columns: Columns, starts, shape):
+    """Where in the tile each column stands, and its position."""
+    lane = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+    col = lane + starts[0]
+    for piece in range(1, columns.gather):
+        begin = piece * columns.width
+        col = jnp.where(lane < begin, col, lane + (starts[piece] - begin))
+    return lane, col
 
 
 def _within(bounds: Bounds, col, first_row):

@@ -61,9 +61,23 @@ class Rule:
         if self.blocks:
             listed &= marks < TAKEN
             kept = listed if kept is None else kept | listed
+        if kept is None:
+            return gap >= STRIDE  # never
         if self.causal:
             kept &= gap <= 0
         return kept
+
+    def seen_by_global_rows(self, rows, cols, shape: tuple[int, ...]):
+        """The same of global rows, which see every key but those that no query sees."""
+        along_q, along_k = (per_col, per_row) if self.keys_in_rows else (per_row, per_col)
+        (places,), keys = (cols, rows) if self.keys_in_rows else (rows, cols)
+        if self.one_range:
+            place = keys[0] + wrapped(self.bands[0][1] - (1 << 31))
+        else:
+            place = keys[0] & (STRIDE - 1)
+        if not self.causal:
+            places = jnp.full_like(places, STRIDE // 2)
+        return along_k(place, shape) <= along_q(places, shape)
 
     @property
     def one_range(self) -> bool:

@@ -9,6 +9,11 @@ from sparsax.pallas.block_sparse.places import Rule
 from sparsax.pallas.block_sparse.tiles import ROWS, Bounds
 
 
+def whole_tiles(length: int) -> int:
+    """A length, or the next one that row tiles divide."""
+    return -(-length // ROWS) * ROWS
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """Shapes and options; axis letters as in `sparsax.typing`."""
@@ -30,16 +35,59 @@ class Problem:
     rule: Rule | None = None  # what the ids are, if not ids
     samples: int = 1  # B where every sample has counts of its own
     packed: int = 0  # keys packed behind the sequence, whole row tiles
+    rows: int = 0  # global rows, packed behind the queries, whole row tiles
+    own: bool = False  # whether these see keys of their own, which stand behind all others
+
+    @property
+    def q_starts(self) -> tuple[int, ...]:
+        """Positions where queries and global rows begin."""
+        return (0, whole_tiles(self.T)) if self.rows else (0,)
+
+    @property
+    def q_lengths(self) -> tuple[int, ...]:
+        """How many there are of each."""
+        return (self.T, self.rows) if self.rows else (self.T,)
+
+    @property
+    def kv_starts(self) -> tuple[int, ...]:
+        """Positions where keys, packed keys and those of global rows begin."""
+        packed = whole_tiles(self.S)
+        return 0, *([packed] if self.packed else []), *([packed + self.packed] if self.own else [])
+
+    @property
+    def kv_lengths(self) -> tuple[int, ...]:
+        """How many there are of each."""
+        return self.S, *([self.packed] if self.packed else []), *([self.S] if self.own else [])
+
+    @property
+    def rows_from(self) -> int:
+        """Position of the first global row."""
+        return self.q_starts[-1]
 
     @property
     def packed_from(self) -> int:
         """Position of the first packed key."""
-        return -(-self.S // ROWS) * ROWS
+        return self.kv_starts[1]
+
+    @property
+    def rows_see_from(self) -> int:
+        """Position of the first key that global rows see."""
+        return self.kv_starts[-1] if self.own else 0
+
+    def of_queries(self, x):
+        """Vectors `[..., positions]` of queries and of global rows."""
+        begins = zip(self.q_starts, self.q_lengths, strict=True)
+        return [x[..., start : start + length] for start, length in begins]
+
+    @property
+    def q_rows(self) -> int:
+        """Positions of queries."""
+        return self.q_starts[-1] + self.q_lengths[-1]
 
     @property
     def kv_rows(self) -> int:
         """Positions of keys."""
-        return self.packed_from + self.packed if self.packed else self.S
+        return self.kv_starts[-1] + self.kv_lengths[-1]
 
     @property
     def key_ids(self) -> int:
@@ -55,7 +103,7 @@ class Problem:
     def q_bounds(self) -> Bounds:
         """Rows are queries, columns keys."""
         return Bounds(
-            self.T, self.kv_rows, self.left, self.right, mask_tail=True, ids=self.ids,
+            self.q_rows, self.kv_rows, self.left, self.right, mask_tail=True, ids=self.ids,
             rule=self.rule,
         )  # fmt: skip
 
@@ -64,8 +112,9 @@ class Problem:
         """Rows are keys, columns queries, whose tail has probability 0 and so needs no mask."""
         rule = self.rule and dataclasses.replace(self.rule, keys_in_rows=True)
         return Bounds(
-            self.kv_rows, self.T, self.right, self.left, mask_tail=False, ids=self.ids, rule=rule
-        )
+            self.kv_rows, self.q_rows, self.right, self.left, mask_tail=False, ids=self.ids,
+            rule=rule,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

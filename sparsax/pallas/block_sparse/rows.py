@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -15,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparsax.pallas.block_sparse import masks, stream
 from sparsax.pallas.block_sparse.problem import Columns, Problem
 from sparsax.pallas.block_sparse.schedule import Item, Schedule
+from sparsax.pallas.block_sparse.segments import Segments
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import COL, COMPUTE, ROW, WG_ROWS, Ring
 
@@ -30,8 +32,6 @@ class Lists:
     bits: Any
     q_ids: Any
     kv_ids: Any
-    k_packed: Any
-    v_packed: Any
 
     @classmethod
     def split(cls, refs, bits: bool, x: Problem):
@@ -39,8 +39,15 @@ class Lists:
         table, full, count, cols, *rest = refs
         bits_ref = rest.pop(0) if bits else None
         ids = (rest.pop(0), rest.pop(0)) if x.ids else (None, None)
-        packed = (rest.pop(0), rest.pop(0)) if x.packed else (None, None)
-        return cls(table, full, count, cols, bits_ref, *ids, *packed), rest
+        return cls(table, full, count, cols, bits_ref, *ids), rest
+
+
+def query_types(x: Problem) -> list[jax.ShapeDtypeStruct]:
+    """What a kernel writes of queries: lengths that tile copies accept."""
+    return [
+        jax.ShapeDtypeStruct((x.B, -(-length // 8) * 8, x.N, x.H), x.dtype)
+        for length in x.q_lengths
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +104,10 @@ class QueryTiles:
         go = lambda item, carry: visit(self.tile(item), carry)
         return self.schedule.each(block, self.lists.table, go, carry, extra=2)
 
-    def copy(self, of_rows, rows_ring: Ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring):
+    def copy(
+        self, of_rows, rows_ring: Ring, k: Segments, v: Segments, k_smem, v_smem, ids_smem, k_ring,
+        v_ring,
+    ):  # fmt: skip
         """The copying warpgroup: `of_rows` (arrays and space) once a tile, then keys and values."""
         x, columns, lists, cols = self.problem, self.columns, self.lists, self.lists.cols
 
@@ -109,38 +119,42 @@ class QueryTiles:
             def _():
                 rows_ring.reserve(done)
                 place = rows_ring.slot(done)
-                for i in range(COMPUTE):
-                    rows = pl.ds(r * ROWS + i * WG_ROWS, WG_ROWS)
-                    for source, smem in of_rows:
-                        plgpu.copy_gmem_to_smem(
-                            source.at[b, rows, work.head], smem.at[place, i],
-                            rows_ring.filled.at[place],
-                        )  # fmt: skip
+                for source, smem in of_rows:
+
+                    def bring(ref, first, smem=smem):
+                        for i in range(COMPUTE):
+                            rows = pl.ds(first + i * WG_ROWS, WG_ROWS)
+                            plgpu.copy_gmem_to_smem(
+                                ref.at[b, rows, work.head], smem.at[place, i],
+                                rows_ring.filled.at[place],
+                            )  # fmt: skip
+
+                    source.at(r * ROWS, bring)
 
             def fill(t, _):
                 step = begun + t - work.first
                 slot = k_ring.slot(step)
                 begins = stream.starts(columns, cols, (work.pattern_head, r), count, t)
-                of_head = lambda y: None if y is None else lambda rows: y.at[b, rows, kv_head]
 
-                def bring(source, smem, ring, packed=None):
-                    filled = ring.filled.at[slot]
+                def bring(source, smem, ring):
+                    of_head = lambda ref, rows: ref.at[b, rows, kv_head]
                     stream.copy(
-                        columns, begins, source, smem.at[slot], filled, packed, x.packed_from
+                        columns, begins, source, of_head, smem.at[slot], ring.filled.at[slot]
                     )
 
                 k_ring.reserve(step)
-                bring(of_head(k), k_smem, k_ring, of_head(lists.k_packed))
+                bring(k, k_smem, k_ring)
                 if ids_smem is not None:
                     nowhere = lists.kv_ids.shape[-1] - ROWS
                     places = stream.absent(columns, begins, count, t, nowhere)
                     for i in range(x.key_ids):
                         stream.copy(
-                            columns, places, lambda cols, i=i: lists.kv_ids.at[b, i, cols],
+                            columns, places, Segments((lists.kv_ids,), (0,)),
+                            lambda ref, cols, i=i: ref.at[b, i, cols],
                             ids_smem.at[slot, i], k_ring.filled.at[slot],
                         )  # fmt: skip
                 v_ring.reserve(step)
-                bring(of_head(v), v_smem, v_ring, of_head(lists.v_packed))
+                bring(v, v_smem, v_ring)
 
             lax.fori_loop(work.first, work.last, fill, None)
             return done + jnp.where(work.there, 1, 0), begun + work.steps
@@ -151,7 +165,10 @@ class QueryTiles:
         v_ring.drain(steps)
 
     def mask(self, work: QueryTile, wg):
-        """`find(tile)`, to be read early, and `kept(found, ids of the tile)` for a warpgroup."""
+        """`find(tile)`, to be read early, and `keep` for a warpgroup.
+
+        `keep(values, fill, found, ids of the tile)` puts `fill` where a pair does not attend.
+        """
         x, lists = self.problem, self.lists
         row_in_tile = wg * WG_ROWS
         first_row = jnp.maximum(work.row, 0) * ROWS + row_in_tile
@@ -167,9 +184,12 @@ class QueryTiles:
                 self.columns, lists.cols, lists.bits, at, count, tile, row_in_tile, x.block_q
             )
 
-        def kept(found, ids_ref):
+        def keep(values, fill, found, ids_ref):
             of_keys = lambda: tuple(plgpu.load(ids_ref.at[i], layout=COL) for i in range(x.key_ids))
             ids = (row_ids, of_keys()) if x.ids else None
-            return masks.keep(self.columns, found, first_row, x.block_q, ids)
+            is_global = work.row * ROWS >= x.rows_from if x.rows else None
+            return masks.keep(
+                values, fill, self.columns, found, first_row, x.block_q, ids, is_global
+            )
 
-        return find, kept
+        return find, keep

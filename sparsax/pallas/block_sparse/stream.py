@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.block_sparse.problem import Columns
+from sparsax.pallas.block_sparse.segments import Segments
 
 
 def starts(columns: Columns, cols_ref, index, count, tile) -> list[Any]:
@@ -29,27 +30,18 @@ def absent(columns: Columns, begins, count, tile, nowhere: int) -> list[Any]:
     ]
 
 
-def copy(columns: Columns, begins, source, slot_ref, filled, packed=None, packed_from=0) -> None:
-    """Starts the copies of a tile's pieces; `source` gives the memory of a run of columns.
+def copy(columns: Columns, begins, source: Segments, part_of, slot_ref, filled) -> None:
+    """Starts the copies of a tile's pieces.
 
-    With `packed`, that gives the memory of those from position `packed_from` on.
+    `part_of(reference, columns)` is the memory of a run of columns in a reference of the source.
     """
     for piece, begin in enumerate(begins):
         part = slot_ref.at[pl.ds(piece * columns.width, columns.width)]
 
-        def bring(source, begin, part=part):
-            plgpu.copy_gmem_to_smem(source(pl.ds(begin, columns.width)), part, filled)
+        def bring(ref, begin, part=part):
+            plgpu.copy_gmem_to_smem(part_of(ref, pl.ds(begin, columns.width)), part, filled)
 
-        if packed is None:
-            bring(source, begin)
-        else:
-            either(begin < packed_from, bring, (source, begin), (packed, begin - packed_from))
-
-
-def either(condition, run, then, otherwise) -> None:
-    """`run(*then)` if a scalar of the kernel is true, else `run(*otherwise)`."""
-    pl.when(condition)(lambda: run(*then))
-    pl.when(jnp.logical_not(condition))(lambda: run(*otherwise))
+        source.at(begin, bring)
 
 
 def walk(full, last, columns: Columns, find, first, visit, carry):

@@ -1,4 +1,4 @@
-"""Attention over a compound pattern but for its global rows, and what the kernels refuse."""
+"""Attention over a compound pattern, and what the kernels refuse."""
 
 import jax.numpy as jnp
 
@@ -26,42 +26,82 @@ def refusal(q, pattern: CompoundPattern) -> str | None:
 
 
 def forward(
-    q, k, v, pattern: CompoundPattern, *, scale: float, config: Config | None = None, interpret=None
-):
-    """`(o [B, T, N, H], lse [B, N, T])`; padded rows have o = 0 and lse = -inf.
+    q, k, v, own, pattern: CompoundPattern, *, scale: float, config: Config | None = None,
+    interpret=None,
+):  # fmt: skip
+    """`o [B, T, N, H]`, and lse `[B, N, T]` and that of global rows `[B, N, R']`.
 
-    Global rows get what an ordinary row would, to be replaced by what `rows_forward` computes.
+    `own` is `(q_global, k_global, v_global)` or three times None. Padded rows have o = 0 and
+    lse = -inf.
     """
-    problem = problem_of(q, k, pattern, scale)
+    problem = problem_of(q, k, pattern, scale, own[1] is not None)
     if _empty(pattern):
-        nothing = jnp.full_like(q[..., 0], -jnp.inf, jnp.float32)
-        return _zeros(q, poison(problem, pattern)), nothing.swapaxes(1, 2)
+        return _zeros(q, poison(problem, pattern)), None
     keys = Keys(problem, pattern)
     o, lse = run_forward(
-        problem, query_lists(keys), keys.places, keys.pack(k, v), q, k, v, config, interpret
+        problem, query_lists(keys), keys.places, *_arrays(keys, q, k, v, own), config, interpret
     )
+    o, *rows = o
+    if rows:
+        o = pattern.put_rows(o, rows[0][:, : pattern.rows.shape[-1]])
+        lse[1] = jnp.where(keys.row_is_there[:, None], lse[1], -jnp.inf)
     if pattern.token_mask is not None:  # whole tiles ask nobody
         o = jnp.where(pattern.token_mask[:, :, None, None], o, poison(problem, pattern))
         o = o.astype(q.dtype)
-        lse = jnp.where(pattern.token_mask[:, None], lse, -jnp.inf)
+        lse[0] = jnp.where(pattern.token_mask[:, None], lse[0], -jnp.inf)
     return o, lse
 
 
 def backward(
-    q, k, v, o, lse, do, pattern: CompoundPattern, *, scale: float, config: Config | None = None,
-    interpret=None,
+    q, k, v, own, o, lse, do, pattern: CompoundPattern, *, scale: float,
+    config: Config | None = None, interpret=None,
 ):  # fmt: skip
-    """`(dq, dk, dv)`; rows with lse = -inf have no part in it."""
-    problem = problem_of(q, k, pattern, scale)
+    """`(dq, dk, dv)` and those of `own`; rows with lse = -inf have no part in them."""
+    problem = problem_of(q, k, pattern, scale, own[1] is not None)
     if _empty(pattern):
         # Without blocks all heads are valid, or none is.
-        return tuple(_zeros(x, poison(problem, pattern)[:, :, :1]) for x in (q, k, v))
+        return *(_zeros(x, poison(problem, pattern)[:, :, :1]) for x in (q, k, v)), (None,) * 3
     keys = Keys(problem, pattern)
+    os, dos = [o], [do]
+    if problem.rows:
+        # As an ordinary row a global one keeps nothing.
+        lse = [jnp.where(pattern.is_row()[:, None], -jnp.inf, lse[0]), lse[1]]
+        os, dos = ([x, _rows(keys, pattern.take_rows(x))] for x in (o, do))
     dq, dk, dv = run_backward(
-        problem, query_lists(keys), key_lists(keys), keys.places, keys.pack(k, v), q, k, v, o, lse,
-        do, 0.0, config, interpret,
+        problem, query_lists(keys), key_lists(keys), keys.places, *_arrays(keys, q, k, v, own), os,
+        lse, dos, 0.0, config, interpret,
     )  # fmt: skip
-    return dq, keys.unpack(dk), keys.unpack(dv)
+    dq, *of_rows = dq
+    of_own = [None, None, None]
+    if problem.rows:
+        rows = of_rows[0][:, : pattern.rows.shape[-1]]
+        if problem.own:
+            of_own = [rows, dk.pop(), dv.pop()]
+        else:
+            dq = pattern.put_rows(dq, rows)
+    dk, dv = (keys.unpack(*x) if problem.packed else x[0] for x in (dk, dv))
+    return dq, dk, dv, tuple(of_own)
+
+
+def _arrays(keys: Keys, q, k, v, own):
+    """Queries, keys and values, lists of what stands behind each other."""
+    q_global, *others = own
+    queries, of_keys = [q], [[k], [v]]
+    if keys.problem.rows:
+        rows = keys.pattern.take_rows(q) if q_global is None else q_global
+        queries.append(_rows(keys, rows))
+    if keys.problem.packed:
+        for each, packed in zip(of_keys, keys.pack(k, v), strict=True):
+            each.append(packed)
+    if keys.problem.own:
+        for each, theirs in zip(of_keys, others, strict=True):
+            each.append(theirs)
+    return queries, *of_keys
+
+
+def _rows(keys: Keys, x):
+    """What belongs to global rows `[B, R, N, H]`, padded to row tiles."""
+    return jnp.pad(x, ((0, 0), (0, keys.problem.rows - x.shape[1]), (0, 0), (0, 0)))
 
 
 def _zeros(like, plus):
@@ -69,5 +109,6 @@ def _zeros(like, plus):
 
 
 def _empty(pattern: CompoundPattern) -> bool:
-    """Whether no pair attends but those of global rows: there is nothing to run."""
-    return not (pattern.bands or pattern.columns.shape[-1] or pattern.blocks is not None)
+    """Whether no pair attends: there is nothing to run."""
+    parts = pattern.bands, pattern.columns.shape[-1], pattern.rows.shape[-1]
+    return not any(parts) and pattern.blocks is None

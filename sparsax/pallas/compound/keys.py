@@ -1,4 +1,8 @@
-"""The keys of a compound pattern: which are packed behind the sequence, and the mark of each."""
+"""Where keys and queries of a compound pattern stand, and what the kernels read of them.
+
+Behind the sequence stand packed keys, a copy of those that all queries see, and the global rows'
+own keys; and behind the queries the global rows.
+"""
 
 import dataclasses
 
@@ -9,7 +13,7 @@ import numpy as np
 from sparsax.compound import CompoundPattern, slots
 from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse.places import NOWHERE, PACKED, STRIDE, TAKEN, Rule
-from sparsax.pallas.block_sparse.problem import Problem
+from sparsax.pallas.block_sparse.problem import Problem, whole_tiles
 from sparsax.pallas.block_sparse.tiles import ROWS
 
 BLOCK = 64  # columns of a list's entries, unless the pattern's blocks say otherwise
@@ -22,8 +26,8 @@ def rule_of(pattern: CompoundPattern) -> Rule:
     return Rule(bands, pattern.causal, packed=packed, blocks=pattern.blocks is not None)
 
 
-def problem_of(q, k, pattern: CompoundPattern, scale: float) -> Problem:
-    """What the kernels of this pattern are built for."""
+def problem_of(q, k, pattern: CompoundPattern, scale: float, own: bool = False) -> Problem:
+    """What the kernels of this pattern are built for; `own`: global rows see keys of their own."""
     (batch, length, heads, features), kv_heads = q.shape, k.shape[2]
     blocks, capacity = pattern.blocks, pattern.columns.shape[-1]
     return Problem(
@@ -32,7 +36,8 @@ def problem_of(q, k, pattern: CompoundPattern, scale: float) -> Problem:
         BLOCK if blocks is None else blocks.block_q, BLOCK if blocks is None else blocks.block_kv,
         scale, None, None, ids=True,
         rule=rule_of(pattern),
-        samples=pattern.batch, packed=-(-capacity // ROWS) * ROWS,
+        samples=pattern.batch, packed=whole_tiles(capacity),
+        rows=whole_tiles(pattern.rows.shape[-1]), own=own,
     )  # fmt: skip
 
 
@@ -49,61 +54,85 @@ def poison(x: Problem, pattern: CompoundPattern):
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """The packed keys of every sample: `slots [B, packed]`, `T` and beyond where unused."""
+    """The packed keys and the global rows of every sample."""
 
     problem: Problem
     pattern: CompoundPattern
 
     @property
     def slots(self):
-        """Where in the sequence the packed keys stand, `[samples, packed]`."""
-        x, columns = self.problem, self.pattern.columns
-        columns = jnp.pad(columns, ((0, 0), (0, x.packed - columns.shape[-1])))
-        return slots(columns, self.pattern.num_columns, x.T, x.samples)
+        """Where the packed keys stand, `[samples, packed]`, `T` and beyond where unused."""
+        return self._slots(self.pattern.columns, self.pattern.num_columns, self.problem.packed)
+
+    @property
+    def row_slots(self):
+        """Where the global rows stand, `[samples, rows]`, in the same way."""
+        return self._slots(self.pattern.rows, self.pattern.num_rows, self.problem.rows)
+
+    def _slots(self, listed, counts, size: int):
+        listed = jnp.pad(listed, ((0, 0), (0, size - listed.shape[-1])))
+        return slots(listed, counts, self.problem.T, self.problem.samples)
 
     @property
     def places(self):
-        """What the rule reads: places of queries `[B, T]` and of keys `[B, 1 or 2, kv_rows]`."""
+        """What the rule reads: places of queries `[B, positions]` and of keys `[B, .., positions]`.
+
+        Whole row tiles, and of keys one more of such that no query sees.
+        """
         x = self.problem
         # NumPy, so that what is not data is a constant of the program.
-        tokens = np.broadcast_to(np.arange(x.T, dtype=np.int32), (x.B, x.T))
-        marks = tokens[: x.samples]
+        tokens = np.broadcast_to(np.arange(x.T, dtype=np.int32), (x.samples, x.T))
+        tail = np.full((x.samples, -x.T % ROWS), NOWHERE, np.int32)
+        marks = [tokens, tail]
         if x.packed:
             if self.pattern.blocks is not None:
-                marks = jnp.where(self.pattern.is_column(), marks + TAKEN, marks)
-            tail = np.full((x.samples, x.packed_from - x.T), NOWHERE, np.int32)
-            packed = jnp.where(self.slots < x.T, PACKED + self.slots, NOWHERE)
-            marks = jnp.concatenate([marks, tail, packed], 1)
+                marks[0] = jnp.where(self.pattern.is_column(), tokens + TAKEN, tokens)
+            marks.append(jnp.where(self.slots < x.T, PACKED + self.slots, NOWHERE))
+        if x.own:
+            marks += [tokens, tail]
+        marks = _joined([*marks, np.full((x.samples, ROWS), NOWHERE, np.int32)])
         if self.pattern.token_mask is not None:
             # A mark's place says which token it is, and NOWHERE's is outside of every sequence.
-            real = lambda i, m: m.at[i & (STRIDE - 1)].get(mode="fill", fill_value=False)
-            mask = jnp.broadcast_to(self.pattern.token_mask, (x.samples, x.T))
-            marks = jnp.where(jax.vmap(real)(marks, mask), marks, NOWHERE)
+            marks = jnp.where(self._real(marks & (STRIDE - 1)), marks, NOWHERE)
         read = rule_of(self.pattern).of_keys(jnp.asarray(marks))
-        return jnp.asarray(tokens), jnp.broadcast_to(read, (x.B, *read.shape[1:]))
+        queries = _joined([tokens, tail, *([self.row_slots] if x.rows else [])])
+        every = lambda y: jnp.broadcast_to(y, (x.B, *y.shape[1:]))
+        return every(jnp.asarray(queries)), every(read)
+
+    def _real(self, place):
+        """Whether places `[samples, ...]` are within the sequence and no padding."""
+        x, mask = self.problem, self.pattern.token_mask
+        if mask is None:
+            return place < x.T
+        real = lambda m, i: m.at[i].get(mode="fill", fill_value=False)
+        return jax.vmap(real)(jnp.broadcast_to(mask, (x.samples, x.T)), place)
+
+    @property
+    def row_is_there(self):
+        """False `[samples, rows]` where a global row is unused or padding."""
+        return self._real(self.row_slots)
 
     def pack(self, *arrays):
         """What the arrays `[B, T, K, H]` hold at the packed keys, zeros where there is none."""
-        if not self.problem.packed:
-            return ()
         take = lambda x, i: x.at[i].get(mode="fill", fill_value=0)
         at = jnp.broadcast_to(self.slots, (self.problem.B, self.problem.packed))
         return tuple(jax.vmap(take)(x, at) for x in arrays)
 
-    def unpack(self, x):
-        """Gradients `[B, kv_rows, K, H]` as `[B, T, K, H]`: each token adds that of its copy.
+    def unpack(self, x, copies):
+        """Gradients `[B, T, K, H]` of keys, which add those of their copies `[B, packed, K, H]`.
 
         In place, and only where a token has a copy, each once: no atomics.
         """
-        p = self.problem
-        if not p.packed:
-            return x
-        at = jnp.broadcast_to(self.slots, (p.B, p.packed))
 
-        def add(x, at):
+        def add(x, copies, at):
             own = x.at[at].get(mode="fill", fill_value=0, unique_indices=True)
-            copies = x[p.packed_from : p.kv_rows]
             total = own.astype(jnp.float32) + copies.astype(jnp.float32)
             return x.at[at].set(total.astype(x.dtype), mode="drop", unique_indices=True)
 
-        return jax.vmap(add)(x, at)[:, : p.T]
+        at = jnp.broadcast_to(self.slots, (self.problem.B, self.problem.packed))
+        return jax.vmap(add)(x, copies, at)
+
+
+def _joined(parts):
+    xp = np if all(isinstance(x, np.ndarray) for x in parts) else jnp
+    return xp.concatenate(parts, 1)

@@ -24,11 +24,11 @@ class _Cover(NamedTuple):
 
 
 def query_lists(keys: Keys) -> TileLists:
-    """Row tiles of queries over blocks of keys, then of packed keys."""
+    """Row tiles of queries over blocks of keys, then of packed keys; and of global rows."""
     x, pattern = keys.problem, keys.pattern
     packed = x.packed // x.block_kv
     cover = _cover(x, pattern, keys_in_rows=False)
-    lists = _ordered(cover, packed, x.packed_from // x.block_kv)
+    lists = _ordered(cover, packed, x.packed_from // x.block_kv if packed else 0)
     rows = lists.cols.shape[1]
     first = np.arange(packed) * x.block_kv
     seen = jnp.repeat(first < pattern.num_columns[:, None, None], rows, 1)
@@ -42,40 +42,90 @@ def query_lists(keys: Keys) -> TileLists:
     count = lists.count[None] + seen.sum(-1)[:, None]
     if pattern.token_mask is not None:
         count = jnp.where(_some(pattern.token_mask, ROWS)[:, None], count, 0)
-    return _per_sample(keys, full, count, lists.cols, lists.bits)
+    found = full, count, lists.cols, lists.bits
+    return _per_sample(keys, *(_below(keys, found, *_global_rows(keys)) if x.rows else found))
+
+
+def _global_rows(keys: Keys):
+    """The lists of row tiles of global rows: all blocks of the keys that they see."""
+    x, pattern = keys.problem, keys.pattern
+    blocks = -(-x.S // x.block_kv)
+    whole, count = np.arange(1, blocks + 1) * x.block_kv <= x.S, jnp.full((1, 1), blocks)
+    if pattern.token_mask is not None:
+        whole = whole & ~_some(~pattern.token_mask, x.block_kv)
+        some = _some(pattern.token_mask, x.block_kv)
+        count = jnp.where(some, np.arange(blocks) + 1, 0).max(-1, keepdims=True)
+    whole = jnp.atleast_2d(jnp.asarray(whole & (not pattern.causal)))
+    full = jnp.minimum(jnp.cumprod(whole, -1).sum(-1, keepdims=True), count)
+    first = np.arange(0, x.rows, ROWS)
+    count = jnp.where(first < pattern.num_rows[:, None], count, 0)
+    cols = x.rows_see_from // x.block_kv + np.arange(blocks)
+    return full, count, np.broadcast_to(cols, (len(first), blocks))
 
 
 def key_lists(keys: Keys) -> TileLists:
-    """Row tiles of keys, then of packed keys, over blocks of queries."""
+    """Row tiles of keys over blocks of queries, then of global rows; and of other keys."""
     x, pattern = keys.problem, keys.pattern
-    lists = _ordered(_cover(x, pattern, keys_in_rows=True))
+    asked = 0 if x.own else x.rows // x.block_q
+    cover = _cover(x, pattern, keys_in_rows=True)
+    lists = _ordered(cover, asked, x.rows_from // x.block_q)
     full, count = lists.full[None], lists.count[None]  # samples, P, R
     if (special := _special(keys)) is not None:
         full = jnp.where(_some(special, ROWS)[:, None], 0, full)
+    if asked:
+        count = count + _blocks_of_rows(keys)[:, None]
     if pattern.token_mask is not None:
         count = jnp.where(_some(pattern.token_mask, ROWS)[:, None], count, 0)
     found = full, count, lists.cols, lists.bits
-    return _per_sample(keys, *(_with_packed(keys, *found) if x.packed else found))
+    if x.packed:
+        found = _below(keys, found, *_packed_keys(keys))
+    if x.own:
+        found = _below(keys, found, *_own_keys(keys))
+    return _per_sample(keys, *found)
 
 
-def _with_packed(keys: Keys, full, count, cols, bits):
-    """With the row tiles of packed keys, which all queries see, behind those of keys."""
-    x, (heads, rows, width) = keys.problem, cols.shape
+def _packed_keys(keys: Keys):
+    """The lists of row tiles of packed keys, which all queries see."""
+    x = keys.problem
     blocks, first = -(-x.T // x.block_q), np.arange(0, x.packed, ROWS)
-    below = (0, len(first)), (0, max(0, blocks - width))
-    grow = lambda y: jnp.pad(y, ((0, 0), *below))
-    # From the last block down, so that causality cuts the end of a list off.
-    cols = grow(cols).at[:, rows:, :blocks].set(np.arange(blocks)[::-1])
     seen = jnp.full((x.samples, len(first)), blocks)
     if keys.pattern.causal:
         seen = blocks - keys.slots[:, first] // x.block_q
     seen = jnp.where(first < keys.pattern.num_columns[:, None], seen, 0)
-    shape = x.samples, heads
+    # From the last block down, so that causality cuts the end of a list off.
+    return 0, seen, np.broadcast_to(np.arange(blocks)[::-1], (len(first), blocks))
+
+
+def _own_keys(keys: Keys):
+    """The lists of row tiles of the keys that global rows alone see."""
+    x, pattern = keys.problem, keys.pattern
+    tiles, blocks = -(-x.S // ROWS), x.rows // x.block_q
+    count = jnp.broadcast_to(_blocks_of_rows(keys), (x.samples, tiles))
+    full = 0 * count if pattern.causal else count
+    if pattern.token_mask is not None:
+        full = jnp.where(_some(~pattern.token_mask, ROWS), 0, full)
+        count = jnp.where(_some(pattern.token_mask, ROWS), count, 0)
+    cols = x.rows_from // x.block_q + np.arange(blocks)
+    return full, count, np.broadcast_to(cols, (tiles, blocks))
+
+
+def _blocks_of_rows(keys: Keys):
+    """Blocks of global rows in use `[samples, 1]`."""
+    return -(-jnp.maximum(keys.pattern.num_rows, 0)[:, None] // keys.problem.block_q)
+
+
+def _below(keys: Keys, upper, full, count, cols):
+    """Lists `(full, count, cols, bits)` with other row tiles behind theirs, of all heads alike."""
+    x, (upper_full, upper_count, upper_cols, bits) = keys.problem, upper
+    (heads, rows, width), (more, wider) = upper_cols.shape, cols.shape
+    grow = lambda y: jnp.pad(y, ((0, 0), (0, more), (0, max(0, wider - width))))
+    every = lambda y, tiles: jnp.broadcast_to(y, (x.samples, heads, tiles))
     join = lambda y, z: jnp.concatenate(
-        [jnp.broadcast_to(y, (*shape, rows)), jnp.broadcast_to(z, (*shape, len(first)))], -1
+        [every(y, rows), every(jnp.asarray(z)[..., None, :] if jnp.ndim(z) else z, more)], -1
     )
+    found = join(upper_full, full), join(upper_count, count)
     bits = None if bits is None else grow(bits)
-    return join(full, 0), join(count, seen[:, None]), cols, bits
+    return *found, grow(upper_cols).at[:, rows:, :wider].set(cols), bits
 
 
 def _per_sample(keys: Keys, full, count, cols, bits) -> TileLists:
