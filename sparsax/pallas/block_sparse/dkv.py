@@ -188,10 +188,8 @@ def dkv_kernel(
                     def find(t):
                         found = masks.pieces(columns, lists.cols, lists.bits, index, count, t,
                                              row_in_tile, x.block_kv)  # fmt: skip
-                        if not x.rows:
+                        if not x.rows or columns.gather > 1:
                             return found, None
-                        if columns.gather > 1:  # both kinds of queries may share the tile
-                            return found, x.rows_from
                         begins = stream.starts(columns, lists.cols, index, jnp.maximum(count, 1), t)
                         return found, begins[0] >= x.rows_from
 
@@ -211,6 +209,8 @@ def dkv_kernel(
                                 return weights
                             ids = (row_ids, (of_cols(ids_smem),)) if x.ids else None
                             pieces, is_global = found
+                            if x.rows and columns.gather > 1:  # some pieces of a tile may be
+                                is_global = x.rows_from
                             return masks.keep(
                                 weights, 0.0, columns, pieces, first_row, x.block_kv, ids, is_global
                             )
