@@ -79,6 +79,8 @@ def run_backward(
         (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
         for x, y in zip(o, do, strict=True)
     ]
+    if len(delta) > 1:  # or XLA fuses the sums into the concatenation, six times as slow
+        delta = jax.lax.optimization_barrier(delta)
     # A row with lse = -inf keeps nothing; +inf makes every probability of it zero.
     lse = [jnp.where(x == -jnp.inf, jnp.inf, x * LOG2E) for x in lse]
     q, k, v, do = ([_copyable(x) for x in each] for each in (q, k, v, do))

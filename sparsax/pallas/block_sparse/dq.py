@@ -82,7 +82,7 @@ def dq_kernel(
                     ref.at[work.sample, work.head, rows], layout=ROW, optimized=False
                 )
                 row_lse, row_delta = of_rows(lse), of_rows(delta)
-                find, keep = tiles.mask(work, wg) if masked else (None, None)
+                find, read, keep = tiles.mask(work, wg) if masked else (None, None, None)
 
                 def products(step):
                     k_ring.wait(step)
@@ -91,12 +91,13 @@ def dq_kernel(
                     scores = None, queries, turned(k_smem, k_ring)
                     return scores, (None, cotangents, turned(v_smem, v_ring))
 
-                def probabilities(s, step, found):
-                    weights = jnp.exp2(s * gain - per_row(row_lse, s.shape))
-                    if found is None:
-                        return weights
-                    ids = ids_smem.at[k_ring.slot(step)] if x.ids else None
-                    return keep(weights, 0.0, found, ids)
+                def probabilities(get_s, step, found):
+                    ids = ()
+                    if found is not None and x.ids:  # while the product runs
+                        ids = read(ids_smem.at[k_ring.slot(step)])
+                    weights = get_s() * gain
+                    weights = jnp.exp2(weights - per_row(row_lse, weights.shape))
+                    return weights if found is None else keep(weights, 0.0, found, ids)
 
                 def logit_gradients(weights, dp, step):
                     release(v_ring, step)
@@ -110,7 +111,7 @@ def dq_kernel(
                     found = find and find(work.first)
 
                     def then(get_s, get_dp):
-                        weights = probabilities(get_s(), begun, found)
+                        weights = probabilities(get_s, begun, found)
                         return logit_gradients(weights, get_dp(), begun).astype(x.dtype)
 
                     started = [*products(begun)]
@@ -122,7 +123,7 @@ def dq_kernel(
                     scores, dps = products(step)
 
                     def then(get_s, get_dp, get_acc):
-                        weights = probabilities(get_s(), step, found)
+                        weights = probabilities(get_s, step, found)
                         ds = logit_gradients(weights, get_dp(), step)
                         acc = get_acc()
                         release(k_ring, step - 1)

@@ -50,6 +50,8 @@ def forward_kernel(
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
     masked, scale = columns.masked(bits), x.scale * LOG2E
     gain = scale if scale > 0 else 1.0  # a positive factor may wait until after max and mask
+    # By measurement: with more features the tensor cores are what the warpgroups wait for.
+    fold = folded if x.H <= 64 else lambda join, s: s
     # o has space of its own, so that the next queries arrive meanwhile, or that of its queries.
     roomy = x.H * row_slots < 256
 
@@ -77,21 +79,20 @@ def forward_kernel(
                 ring.release(step)
 
             def softmax(s, top, total):
-                new_top = jnp.maximum(top, folded(jnp.maximum, s).max(axis=1) * gain)
+                new_top = jnp.maximum(top, fold(jnp.maximum, s).max(axis=1) * gain)
                 weights = jnp.exp2(s * gain - per_row(new_top, s.shape))
                 decay = jnp.exp2(top - new_top)
-                total = total * decay + folded(jnp.add, weights).sum(axis=1)
+                total = total * decay + fold(jnp.add, weights).sum(axis=1)
                 return weights, new_top, total, decay
 
             def attend(work: QueryTile, carry):
                 done, begun = carry
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
                 steps, queries = work.steps, q_smem.at[q_ring.slot(done), wg]
-                find, keep = tiles.mask(work, wg) if masked else (None, None)
+                find, read, keep = tiles.mask(work, wg) if masked else (None, None, None)
 
-                def mask(s, step, found):
-                    ids = ids_smem.at[k_ring.slot(step)] if x.ids else None
-                    return keep(s, -jnp.inf, found, ids)
+                def ids_of(step):
+                    return read(ids_smem.at[k_ring.slot(step)]) if x.ids else ()
 
                 def scores(step):
                     k_ring.wait(step)
@@ -109,7 +110,8 @@ def forward_kernel(
                         s = get() if gain == scale else get() * scale
                         if found is not None:
                             unmasked = columns.full_tiles(work.full) > work.first
-                            s = lax.cond(unmasked, lambda s: s, lambda s: mask(s, begun, found), s)
+                            mask = lambda s: keep(s, -jnp.inf, found, ids_of(begun))
+                            s = lax.cond(unmasked, lambda s: s, mask, s)
                         release(k_ring, begun)
                         return softmax(s, top, total)
 
@@ -123,9 +125,10 @@ def forward_kernel(
                     step = begun + t - work.first
 
                     def then(get_scores, get_acc):
+                        ids = None if found is None else ids_of(step)  # while the product runs
                         s = get_scores() if gain == scale else get_scores() * scale
                         if found is not None:
-                            s = mask(s, step, found)
+                            s = keep(s, -jnp.inf, found, ids)
                         release(k_ring, step)
                         new_weights, new_top, new_total, decay = softmax(s, top, total)
                         acc = get_acc()

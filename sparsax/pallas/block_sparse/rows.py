@@ -165,9 +165,9 @@ class QueryTiles:
         v_ring.drain(steps)
 
     def mask(self, work: QueryTile, wg):
-        """`find(tile)`, to be read early, and `keep` for a warpgroup.
+        """`find(tile)` and `read(ids of the tile)`, to be called early, and `keep` for a warpgroup.
 
-        `keep(values, fill, found, ids of the tile)` puts `fill` where a pair does not attend.
+        `keep(values, fill, found, read)` puts `fill` where a pair does not attend.
         """
         x, lists = self.problem, self.lists
         row_in_tile = wg * WG_ROWS
@@ -184,12 +184,14 @@ class QueryTiles:
                 self.columns, lists.cols, lists.bits, at, count, tile, row_in_tile, x.block_q
             )
 
-        def keep(values, fill, found, ids_ref):
-            of_keys = lambda: tuple(plgpu.load(ids_ref.at[i], layout=COL) for i in range(x.key_ids))
-            ids = (row_ids, of_keys()) if x.ids else None
+        def read(ids_ref):
+            return tuple(plgpu.load(ids_ref.at[i], layout=COL) for i in range(x.key_ids))
+
+        def keep(values, fill, found, key_ids):
+            ids = (row_ids, key_ids) if x.ids else None
             is_global = work.row * ROWS >= x.rows_from if x.rows else None
             return masks.keep(
                 values, fill, self.columns, found, first_row, x.block_q, ids, is_global
             )
 
-        return find, keep
+        return find, read, keep
