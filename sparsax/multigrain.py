@@ -158,9 +158,9 @@ def _at_once_forward(call, q, k, v, own, pattern):
 
 
 def _at_once_backward(call, residuals, do):
-    *arrays, pattern = residuals
+    q, k, v, own, o, lse, pattern = residuals
     gradients = pallas.compound.backward(
-        *arrays, do, pattern, scale=call.scale, interpret=call.interpret
+        q, k, v, own, o, lse, do, pattern, scale=call.scale, interpret=call.interpret
     )
     return *gradients, None
 

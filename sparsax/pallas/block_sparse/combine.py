@@ -16,7 +16,9 @@ from sparsax.pallas.hopper import LOWEST, MATRIX, ROW, full, per_row, shared, ze
 STRIP = 64  # rows joined by one warpgroup, as many as its registers hold
 
 
-def combine(schedule: Schedule, samples: int, splits, parts, targets, starts, lse, interpret):
+def combine(
+    schedule: Schedule, samples: int, splits, parts, targets, starts, lse, interpret
+) -> Any:
     """Targets `[B, S, K, H]` with the row tiles of split rows filled in from their pieces.
 
     Each target is a list of arrays that begin at the positions `starts`. `samples` is 1 where all

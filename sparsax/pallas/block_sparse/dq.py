@@ -82,7 +82,7 @@ def dq_kernel(
                     ref.at[work.sample, work.head, rows], layout=ROW, optimized=False
                 )
                 row_lse, row_delta = of_rows(lse), of_rows(delta)
-                find, read, keep = tiles.mask(work, wg) if masked else (None, None, None)
+                find, read, keep = tiles.mask(work, wg)
 
                 def products(step):
                     k_ring.wait(step)
@@ -108,7 +108,7 @@ def dq_kernel(
                     return acc, ds, k_smem.at[k_ring.slot(step)]
 
                 def first(carry):
-                    found = find and find(work.first)
+                    found = find(work.first) if masked else None
 
                     def then(get_s, get_dp):
                         weights = probabilities(get_s, begun, found)
@@ -147,8 +147,9 @@ def dq_kernel(
                 carry = zeros((WG_ROWS, x.H), MATRIX), none
                 carry = lax.cond(steps > 0, first, lambda carry: carry, carry)
                 carry = stream.walk(
-                    work.full, work.last, columns, find, work.first + 1, advance, carry
-                )
+                    work.full, work.last, columns, find if masked else None, work.first + 1,
+                    advance, carry,
+                )  # fmt: skip
                 if roomy:
                     pl.when(work.there)(lambda: q_ring.release(done))
                 acc, _ = lax.cond(steps > 0, last, lambda carry: carry, carry)

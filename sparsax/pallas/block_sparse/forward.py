@@ -89,7 +89,7 @@ def forward_kernel(
                 done, begun = carry
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
                 steps, queries = work.steps, q_smem.at[q_ring.slot(done), wg]
-                find, read, keep = tiles.mask(work, wg) if masked else (None, None, None)
+                find, read, keep = tiles.mask(work, wg)
 
                 def ids_of(step):
                     return read(ids_smem.at[k_ring.slot(step)]) if x.ids else ()
@@ -104,7 +104,7 @@ def forward_kernel(
 
                 def first(carry):
                     acc, top, total, _ = carry
-                    found = find and find(work.first)
+                    found = find(work.first) if masked else None
 
                     def then(get):
                         s = get() if gain == scale else get() * scale
@@ -159,8 +159,9 @@ def forward_kernel(
                 )  # fmt: skip
                 carry = lax.cond(steps > 0, first, lambda carry: carry, carry)
                 carry = stream.walk(
-                    work.full, work.last, columns, find, work.first + 1, advance, carry
-                )
+                    work.full, work.last, columns, find if masked else None, work.first + 1,
+                    advance, carry,
+                )  # fmt: skip
                 if roomy:
                     pl.when(work.there)(lambda: q_ring.release(done))
                 acc, top, total, _ = lax.cond(steps > 0, last, lambda carry: carry, carry)

@@ -48,16 +48,17 @@ def keep(
     `is_global` is a scalar of the kernel, whether the tile is one of global rows; or the position
     from which on the columns of a tile are; None without any.
     """
-    shape, rule = values.shape, columns.bounds.rule
-    ordinary = lambda: _kept(columns, found, first_row, block_row, ids, shape)
+    shape, ids_of_pairs = values.shape, ids or ()
+    rule: Any = columns.bounds.rule
+    ordinary = lambda: kept(columns, found, first_row, block_row, ids)
 
     def of_global_rows():
-        kept = rule.seen_by_global_rows(*ids, shape)
+        seen = rule.seen_by_global_rows(*ids_of_pairs, shape)
         if columns.ids_say_all:
-            return kept
-        return kept & (_cols(columns, found[0], shape)[1] < columns.bounds.cols)
+            return seen
+        return seen & (_cols(columns, found[0], shape)[1] < columns.bounds.cols)
 
-    where = lambda kept: lambda x: jnp.where(kept(), x, fill)
+    where = lambda attend: lambda x: jnp.where(attend(), x, fill)
     if is_global is None:
         return where(ordinary)(values)
     if isinstance(is_global, int):
@@ -66,28 +67,32 @@ def keep(
     return lax.cond(is_global, where(of_global_rows), where(ordinary), values)
 
 
-def _kept(columns: Columns, found, first_row, block_row: int, ids, shape):
-    """Boolean matrix of the pairs that attend, but for global rows."""
-    bounds = columns.bounds
+def kept(columns: Columns, found, first_row, block_row: int, ids: tuple[Any, Any] | None):
+    """Boolean `[64, tile]`: the pairs that attend, but for those of global rows.
+
+    `ids` are of rows and of columns, a tuple of vectors each, or None.
+    """
+    shape, bounds, ids_of_pairs = (WG_ROWS, columns.tile), columns.bounds, ids or ()
+    rule: Any = bounds.rule
     if columns.ids_say_all:
-        return bounds.rule.keep(*ids, None, shape)
+        return rule.keep(*ids_of_pairs, None, shape)
     starts, words = found
     lane, col = _cols(columns, starts, shape)
-    kept = _within(bounds, col, first_row)
+    keep = _within(bounds, col, first_row)
     listed = None
-    if block_row < WG_ROWS or (bounds.rule is not None and bounds.rule.blocks):
+    if block_row < WG_ROWS or (rule is not None and rule.blocks):
         word = _select(lane, words, columns.width)
         if block_row < WG_ROWS:
             row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
             word = lax.shift_right_logical(word, row // block_row)
         listed = (word & 1) == 1
-    if bounds.rule is not None and ids is not None:
-        return kept & bounds.rule.keep(*ids, listed, shape)
-    kept = kept if listed is None else kept & listed
+    if rule is not None and ids is not None:
+        return keep & rule.keep(*ids_of_pairs, listed, shape)
+    keep = keep if listed is None else keep & listed
     if ids is not None:
         (rows,), (cols,) = ids
-        kept &= per_row(rows, shape) == per_col(cols, shape)
-    return kept
+        keep &= per_row(rows, shape) == per_col(cols, shape)
+    return keep
 
 
 def _cols(columns: Columns, starts, shape):

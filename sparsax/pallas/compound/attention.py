@@ -38,10 +38,10 @@ def forward(
     if _empty(pattern):
         return _zeros(q, poison(problem, pattern)), None
     keys = Keys(problem, pattern)
-    o, lse = run_forward(
-        problem, query_lists(keys), keys.places, *_arrays(keys, q, k, v, own), config, interpret
+    qs, ks, vs = _arrays(keys, q, k, v, own)
+    (o, *rows), lse = run_forward(
+        problem, query_lists(keys), keys.places, qs, ks, vs, config, interpret
     )
-    o, *rows = o
     if rows:
         o = pattern.put_rows(o, rows[0][:, : pattern.rows.shape[-1]])
         lse[1] = jnp.where(keys.row_is_there[:, None], lse[1], -jnp.inf)
@@ -67,11 +67,11 @@ def backward(
         # As an ordinary row a global one keeps nothing.
         lse = [jnp.where(pattern.is_row()[:, None], -jnp.inf, lse[0]), lse[1]]
         os, dos = ([x, _rows(keys, pattern.take_rows(x))] for x in (o, do))
-    dq, dk, dv = run_backward(
-        problem, query_lists(keys), key_lists(keys), keys.places, *_arrays(keys, q, k, v, own), os,
-        lse, dos, 0.0, config, interpret,
+    qs, ks, vs = _arrays(keys, q, k, v, own)
+    (dq, *of_rows), dk, dv = run_backward(
+        problem, query_lists(keys), key_lists(keys), keys.places, qs, ks, vs, os, lse, dos, 0.0,
+        config, interpret,
     )  # fmt: skip
-    dq, *of_rows = dq
     of_own = [None, None, None]
     if problem.rows:
         rows = of_rows[0][:, : pattern.rows.shape[-1]]

@@ -34,7 +34,8 @@ def columns_of(x: Problem) -> Columns:
 def kept(columns: Columns, first_row, step, ids=None):
     """Boolean `[64, tile]`: which pairs of a warpgroup's rows and the keys of a tile attend."""
     start = step * columns.tile
-    return masks.keep(columns, ([start], [None]), first_row, WG_ROWS, ids)
+    ids = ids and ((ids[0],), (ids[1],))
+    return masks.kept(columns, ([start], [None]), first_row, WG_ROWS, ids)
 
 
 def copy_keys(k, kv_ids, sample, kv_head, keys, k_slot, ids_slot, filled) -> None:
