@@ -1,0 +1,78 @@
+"""Programs that are compiled in the background, in the order in which they will be needed."""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from spion_time import say
+
+
+class Ahead:
+    """Lowers one program after the other, and compiles several at a time.
+
+    Tracing and lowering are Python, so that two at a time would both be late; XLA's compilation
+    runs beside it. What compiles here is found compiled by whoever calls it afterwards.
+
+    Args:
+        stop: whether to begin nothing more.
+    """
+
+    def __init__(self, stop: Callable[[], bool]):
+        self.stop = stop
+        self.lowering = ThreadPoolExecutor(1)
+        self.compiling = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self.jobs: dict[str, list[Future]] = {}
+
+    def program(self, kind: str, name: str, lower: Callable[[], Any]) -> None:
+        """A program of a kind; `lower` gives what `compile` can be asked of."""
+
+        def work() -> Future | None:
+            if self.stop():
+                return None
+            begin = time.monotonic()
+            lowered = lower()
+            return self.compiling.submit(_compile, f"{kind}, {name}", lowered, begin)
+
+        self.jobs.setdefault(kind, []).append(self.lowering.submit(work))
+
+    def call(self, kind: str, function: Callable[[], Any]) -> None:
+        """A function whose first call compiles, to be called once for that."""
+
+        def work() -> None:
+            if not self.stop():
+                begin = time.monotonic()
+                function()
+                say(f"compiled {kind}: {time.monotonic() - begin:.1f} s")
+
+        self.jobs.setdefault(kind, []).append(self.compiling.submit(work))
+
+    def ready(self, kind: str) -> bool:
+        """Whether all of a kind is there."""
+        found = [job for job in self.jobs[kind] if job.done()]
+        inner = [job.result() for job in found]
+        return len(found) == len(self.jobs[kind]) and all(x is None or x.done() for x in inner)
+
+    def wait(self, kind: str) -> None:
+        """Until all of a kind is there; raises what went wrong with it."""
+        if self.ready(kind):
+            return
+        begin = time.monotonic()
+        for job in self.jobs[kind]:
+            compiled = job.result()
+            if compiled is not None:
+                compiled.result()
+        say(f"waited {time.monotonic() - begin:.1f} s for {kind}")
+
+    def close(self) -> None:
+        """Waits for what is under way, which the next start will find; begins nothing more."""
+        self.lowering.shutdown(cancel_futures=True)
+        self.compiling.shutdown(cancel_futures=True)
+
+
+def _compile(name: str, lowered: Any, begin: float) -> None:
+    lower, middle = time.monotonic() - begin, time.monotonic()
+    lowered.compile()
+    took = time.monotonic() - middle
+    say(f"compiled {name}: lowered in {lower:.1f} s, compiled in {took:.1f} s")
