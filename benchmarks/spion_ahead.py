@@ -50,20 +50,21 @@ class Ahead:
 
     def ready(self, kind: str) -> bool:
         """Whether all of a kind is there."""
-        found = [job for job in self.jobs[kind] if job.done()]
-        inner = [job.result() for job in found]
-        return len(found) == len(self.jobs[kind]) and all(x is None or x.done() for x in inner)
+        jobs = self.jobs[kind]
+        if not all(job.done() for job in jobs):
+            return False
+        compiled = [job.result() for job in jobs if job.exception() is None]
+        return all(x is None or x.done() for x in compiled)
 
     def wait(self, kind: str) -> None:
         """Until all of a kind is there; raises what went wrong with it."""
-        if self.ready(kind):
-            return
         begin = time.monotonic()
         for job in self.jobs[kind]:
             compiled = job.result()
             if compiled is not None:
                 compiled.result()
-        say(f"waited {time.monotonic() - begin:.1f} s for {kind}")
+        if (waited := time.monotonic() - begin) > 0.1:
+            say(f"waited {waited:.1f} s for {kind}")
 
     def close(self) -> None:
         """Waits for what is under way, which the next start will find; begins nothing more."""

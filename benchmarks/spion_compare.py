@@ -1,8 +1,22 @@
-"""The comparison itself: seed by seed and method by method, every row on disk when it is known."""
+"""The comparison itself: seed by seed and method by method, every row on disk when it is known.
+
+`--minutes` counts from the begin of the script. Nothing is begun that cannot be finished by then,
+as far as the rows tell; the last line says what is left. `--out` holds what a run goes on from and
+no more: rows, pictures, the end of the dense phase, compiled programs. Copied to another machine
+with a device of the same kind, it goes on there and repeats nothing:
+
+    python benchmarks/spion_lm_gpu.py --data FOLDER --out OUT --no-bar --minutes 4
+    tar c OUT | split -b 15M - spion.tar.       # in pieces, where files must be small
+    cat spion.tar.* | tar x                     # elsewhere, and the first line again
+
+A stop within the dense phase leaves a checkpoint of it in OUT/TASK/SEED/start as well, many times
+as large, which may be left behind. A method that is stopped half way is trained again.
+"""
 
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -13,7 +27,7 @@ from spion_methods import FINDERS, NEEDS_WHOLE, kind_of, search_of, split_name
 from spion_peers import compare_losses, missing, peers
 from spion_programs import compile_all
 from spion_runs import WHOLE_UP_TO, Runs
-from spion_state import mebibytes
+from spion_state import mebibytes, save_arrays
 from spion_task import Task, dtype
 from spion_time import Deadline, say
 
@@ -41,7 +55,8 @@ class Book:
     def add(self, row: dict) -> None:
         """Keeps a row."""
         self.rows.append(row)
-        save(self.name, self.rows, self.folder)
+        partial = save(f"{self.name}.partial", self.rows, self.folder)
+        os.replace(partial, self.folder / f"{self.name}.json")  # noqa: PTH105 (atomic by name)
 
     def methods(self, seed: int) -> set[str]:
         """What a seed has rows of."""
@@ -149,7 +164,7 @@ def keep_pictures(path: Path, runs: Runs, method: str) -> None:
     if name != "dense":
         found = FINDERS[name](runs.setting, runs.maps)
         kept[f"mask {name}"] = np.asarray(found.to_block_mask()[:, 0])
-    np.savez_compressed(path, **kept)
+    save_arrays(path, **kept)
 
 
 def show(row: dict) -> None:
