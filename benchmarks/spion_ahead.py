@@ -38,15 +38,12 @@ class Ahead:
         self.jobs.setdefault(kind, []).append(self.lowering.submit(work))
 
     def call(self, kind: str, function: Callable[[], Any]) -> None:
-        """A function whose first call compiles, to be called once for that."""
+        """A function whose first call compiles, to be called once for that, in its turn."""
 
-        def work() -> None:
-            if not self.stop():
-                begin = time.monotonic()
-                function()
-                say(f"compiled {kind}: {time.monotonic() - begin:.1f} s")
+        def work() -> Future | None:
+            return None if self.stop() else self.compiling.submit(_call, kind, function)
 
-        self.jobs.setdefault(kind, []).append(self.compiling.submit(work))
+        self.jobs.setdefault(kind, []).append(self.lowering.submit(work))
 
     def ready(self, kind: str) -> bool:
         """Whether all of a kind is there."""
@@ -77,3 +74,9 @@ def _compile(name: str, lowered: Any, begin: float) -> None:
     lowered.compile()
     took = time.monotonic() - middle
     say(f"compiled {name}: lowered in {lower:.1f} s, compiled in {took:.1f} s")
+
+
+def _call(name: str, function: Callable[[], Any]) -> None:
+    begin = time.monotonic()
+    function()
+    say(f"compiled {name}: {time.monotonic() - begin:.1f} s")

@@ -19,11 +19,11 @@ def compile_all(runs: Runs, ahead: Ahead, methods: list[str], peers: list[str]) 
     """Begins with what the dense phase needs, ends with what only the timed peers need."""
     compile_kind(runs, ahead, "dense")
     for name in methods:
-        if kind_of(name) not in ahead.jobs:
-            compile_kind(runs, ahead, kind_of(name))
         search = search_of(name)
         if search is not None and search not in ahead.jobs:
             compile_search(runs, ahead, search, split_name(name)[0])
+        if kind_of(name) not in ahead.jobs:
+            compile_kind(runs, ahead, kind_of(name))
     for name in peers:
         if peer_kind(name) not in ahead.jobs:
             compile_kind(runs, ahead, peer_kind(name))
