@@ -50,7 +50,7 @@ class Ahead:
         jobs = self.jobs[kind]
         if not all(job.done() for job in jobs):
             return False
-        compiled = [job.result() for job in jobs if job.exception() is None]
+        compiled = [job.result() for job in jobs if not job.cancelled() and not job.exception()]
         return all(x is None or x.done() for x in compiled)
 
     def wait(self, kind: str) -> None:
@@ -65,6 +65,8 @@ class Ahead:
 
     def close(self) -> None:
         """Waits for what is under way, which the next start will find; begins nothing more."""
+        if not all(map(self.ready, self.jobs)):
+            say("waiting for what is being compiled, half a minute at most: it is kept")
         self.lowering.shutdown(cancel_futures=True)
         self.compiling.shutdown(cancel_futures=True)
 
