@@ -96,6 +96,8 @@ def parse(description: str | None) -> argparse.Namespace:
     jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
     # The small programs are many, and all together take as long as a large one.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # Kernels name the files that they come from: programs are found again from any folder.
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")
     if args.dense is None:
         args.dense = "cudnn" if jax.default_backend() == "gpu" else "xla"
     return args
