@@ -1,19 +1,35 @@
-"""The comparison itself: seed by seed and method by method, every row on disk when it is known."""
+"""The comparison itself: seed by seed and method by method, every row on disk when it is known.
+
+`--minutes` counts from the begin of the script. Nothing is begun that cannot be finished by then,
+as far as the rows tell; the last line says what is left. `--out` holds what a run goes on from and
+no more: rows, pictures, the end of the dense phase, compiled programs. Copied to another machine
+with a device of the same kind, it goes on there and repeats nothing:
+
+    python benchmarks/spion_lm_gpu.py --data FOLDER --out OUT --no-bar --minutes 4
+    tar c OUT | split -b 15M - spion.tar.       # in pieces, where files must be small
+    cat spion.tar.* | tar x                     # elsewhere, and the first line again
+
+A stop within the dense phase leaves a checkpoint of it in OUT/TASK/SEED/start as well, many times
+as large, which may be left behind. A method that is stopped half way is trained again.
+"""
 
 import argparse
 import dataclasses
 import json
-import time
-from concurrent.futures import ThreadPoolExecutor
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
 from harness import save
-from spion_methods import FINDERS, NEEDS_WHOLE, split_name
-from spion_peers import MATERIALISED, compare_losses, missing, peers
+from spion_ahead import Ahead
+from spion_methods import FINDERS, NEEDS_WHOLE, kind_of, search_of, split_name
+from spion_peers import compare_losses, missing, peers
+from spion_programs import compile_all
 from spion_runs import WHOLE_UP_TO, Runs
+from spion_state import mebibytes, save_arrays
 from spion_task import Task, dtype
+from spion_time import Deadline, say
 
 
 class Book:
@@ -34,12 +50,13 @@ class Book:
         else:
             self.rows = []
             self.add(facts)  # before there is a checkpoint that other facts could go on from
-        print(facts, flush=True)
+        say(str(facts))
 
     def add(self, row: dict) -> None:
         """Keeps a row."""
         self.rows.append(row)
-        save(self.name, self.rows, self.folder)
+        partial = save(f"{self.name}.partial", self.rows, self.folder)
+        os.replace(partial, self.folder / f"{self.name}.json")  # noqa: PTH105 (atomic by name)
 
     def methods(self, seed: int) -> set[str]:
         """What a seed has rows of."""
@@ -57,50 +74,82 @@ def refuse_others(path: Path, kept: dict, facts: dict) -> None:
 
 def compare(task: Task, args: argparse.Namespace, methods: list[str]) -> None:
     """Every method of every seed, until the time is up."""
+    say("data is on the device")
     methods = args.methods or methods
     for name in methods:
         if split_name(name)[0] in NEEDS_WHOLE and task.size.length > WHOLE_UP_TO:
             raise SystemExit(f"{name} convolves maps of at most {WHOLE_UP_TO} tokens; leave it out")
-    deadline = time.monotonic() + 60 * args.minutes
-    stop = lambda: time.monotonic() > deadline
+    deadline = Deadline(args.minutes)
     book = Book(task, args)
     compare_losses(book.rows)
     for seed in range(args.seeds):
-        if set(methods) - book.methods(seed) and not stop():
-            one_seed(Runs(task, seed, args, stop), methods, book)
-    print("time is up: start it again to go on" if stop() else "done", book.folder, flush=True)
+        timed = [] if args.no_peers or seed > 0 else missing(book.rows, args.dense)
+        left = [name for name in methods if name not in book.methods(seed)]
+        if (left or timed) and not deadline.over():
+            one_seed(Runs(task, seed, args, deadline.over), left, timed, book, deadline)
+    say(f"{ending(book, args, methods)} | {book.folder} holds {mebibytes(book.folder):.1f} MiB")
 
 
-def one_seed(runs: Runs, methods: list[str], book: Book) -> None:
-    """The dense phase, while all programs are compiled; times and memory; the methods."""
-    done, args = book.methods(runs.seed), runs.args
-    left = [x for x in methods if x not in done or x == "dense"]  # read again, for its maps
-    kinds = {(split_name(x)[1], "heads" if x.startswith("heads") else "shared")
-             for x in left if x != "dense"}  # fmt: skip
-    timed = [] if args.no_peers else missing(book.rows, args.dense)
-    if timed:
-        kinds |= {("drop", "shared")}
-    if MATERIALISED in timed:
-        kinds |= {("drop", "materialised")}
-    with ThreadPoolExecutor(4) as pool:
-        programs = [pool.submit(runs.compile, *kind) for kind in sorted(kinds)]
-        begun = runs.begin()
-    for program in programs:
-        program.result()
-    if not begun:
-        return
-    for row in peers(runs, timed):
-        book.add(row)
-    compare_losses(book.rows)
-    for method in left:
-        row = runs.row(method)
+def one_seed(runs: Runs, left: list[str], timed: list[str], book: Book, deadline: Deadline) -> None:
+    """The dense phase, the methods, the peers; meanwhile programs are compiled for what follows."""
+    ahead = Ahead(deadline.over)
+    try:
+        compile_all(runs, ahead, left, timed)
+        ahead.wait("dense")
+        if not deadline.over() and runs.begin():
+            train(runs, left, book, deadline, ahead)
+            for row in peers(runs, timed, deadline, ahead):
+                book.add(row)
+            compare_losses(book.rows)
+    finally:
+        ahead.close()
+
+
+def train(runs: Runs, left: list[str], book: Book, deadline: Deadline, ahead: Ahead) -> None:
+    """The methods whose programs are there, in order; the first one when none are."""
+    left = list(left)
+    while left:
+        name = next((x for x in left if all(map(ahead.ready, needed(x)))), left[0])
+        for kind in needed(name):
+            ahead.wait(kind)
+        if seconds(book.rows, name) > deadline.left():
+            return
+        row = runs.row(name)
         if row is None:
             return
-        if method not in done:
-            book.add(row)
-            show(row)
-            if runs.seed == 0:
-                keep_pictures(book.folder / f"{book.name}.npz", runs, method)
+        left.remove(name)
+        book.add(row)
+        show(row)
+        if runs.seed == 0:
+            keep_pictures(book.folder / f"{book.name}.npz", runs, name)
+
+
+def needed(name: str) -> list[str]:
+    """The kinds of programs of a method."""
+    return [kind for kind in (kind_of(name), search_of(name)) if kind is not None]
+
+
+def seconds(rows: list[dict], name: str) -> float:
+    """What a method takes, by those of its kind that are known, or by all; 0 when none are."""
+    known = [row for row in rows if "method" in row]
+    own = [row for row in known if kind_of(row["method"]) == kind_of(name)]
+    return float(np.median([row["seconds"] for row in own or known])) if known else 0.0
+
+
+def ending(book: Book, args: argparse.Namespace, methods: list[str]) -> str:
+    """The last line: what is left, and how long that takes."""
+    left = {
+        seed: [name for name in methods if name not in book.methods(seed)]
+        for seed in range(args.seeds)
+    }
+    said = [f"seed {seed}: {', '.join(names)}" for seed, names in left.items() if names]
+    minutes = sum(seconds(book.rows, name) for names in left.values() for name in names) / 60
+    timed = [] if args.no_peers else missing(book.rows, args.dense)
+    said += [f"times of {', '.join(timed)}"] if timed else []
+    if not said:
+        return "done"
+    told = f"{minutes:.1f} minutes, compilation and times aside" if minutes else "time unknown yet"
+    return f"time is up, left are {'; '.join(said)} ({told}): start it again to go on"
 
 
 def keep_pictures(path: Path, runs: Runs, method: str) -> None:
@@ -115,15 +164,15 @@ def keep_pictures(path: Path, runs: Runs, method: str) -> None:
     if name != "dense":
         found = FINDERS[name](runs.setting, runs.maps)
         kept[f"mask {name}"] = np.asarray(found.to_block_mask()[:, 0])
-    np.savez_compressed(path, **kept)
+    save_arrays(path, **kept)
 
 
 def show(row: dict) -> None:
     each = lambda x: " ".join(f"{y:.3f}" for y in row.get(x, []))
     ms = lambda phase: "-" if row[f"{phase}_ms"] is None else f"{row[f'{phase}_ms']:.2f}"
-    print(
+    say(
         f"seed {row['seed']} {row['method']:14s} {row['score']:8.4f}"
         f" valid {row['best_valid']:8.4f} before {row['before']:8.4f}"
         f" | density {each('density')} | mass {each('mass')} of {each('best_mass')}"
-        f" | {ms('dense')} -> {ms('sparse')} ms | {row['seconds']:.0f} s", flush=True,
+        f" | {ms('dense')} -> {ms('sparse')} ms | {row['seconds']:.0f} s"
     )  # fmt: skip

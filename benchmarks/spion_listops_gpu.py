@@ -3,10 +3,12 @@
     python benchmarks/spion_listops_gpu.py --out FOLDER
     python benchmarks/spion_listops_gpu.py --out FOLDER --quick
 
-The samples are kept in --data FOLDER, or in the folder `cache` of --out.
+The samples are kept in --data FOLDER, or in the folder sparsax of the machine's temporary files.
 """
 
 import argparse
+import tempfile
+from pathlib import Path
 
 from spion_classify import run
 from spion_task import Size
@@ -26,7 +28,8 @@ QUICK_DATA = data.ListOpsConfig(
 
 def read(args: argparse.Namespace, size: Size) -> data.Dataset:
     config = QUICK_DATA if args.quick else data.ListOpsConfig()
-    return data.load_listops(config, args.data or args.out / "cache").padded(size.length)
+    folder = args.data or Path(tempfile.gettempdir()) / "sparsax"  # --out is what is copied
+    return data.load_listops(config, folder, progress=not args.no_bar).padded(size.length)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
     python benchmarks/spion_lm_gpu.py --data FOLDER --out FOLDER --length 8192    # up to 32,768
     python benchmarks/spion_lm_gpu.py --data FOLDER --out FOLDER --quick
 
+`spion_compare.py` says how to go on with `--out` on another machine.
+
 FOLDER holds imdb_{train,test}.jsonl.xz. A step reads 32,768 bytes whatever the length is. Scores
 are bits per byte with a minus, so that higher is better, as everywhere.
 """

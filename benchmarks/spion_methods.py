@@ -181,3 +181,19 @@ def split_name(name: str) -> tuple[str, str]:
     if method not in METHODS or pruned not in ("", "drop", "zero"):
         raise SystemExit(f"a method is one of {', '.join(METHODS)}, or that and :zero; got {name}")
     return method, pruned or "drop"
+
+
+def kind_of(name: str) -> str:
+    """Methods of one kind are one compiled program."""
+    method, pruned = split_name(name)
+    if method == "dense":
+        return "dense"
+    return f"{'heads' if method == 'heads' else 'shared'} {pruned}"
+
+
+def search_of(name: str) -> str | None:
+    """Methods of one search are one compiled search; None where there is none."""
+    method = split_name(name)[0]
+    if method == "dense" or method in CONTROLS:
+        return None
+    return f"search of {'budget' if method == 'oracle' else method}"

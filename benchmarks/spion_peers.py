@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from spion_ahead import Ahead
 from spion_methods import FINDERS
+from spion_time import Deadline, say
 
 from sparsax.training.run import Run
 
 MATERIALISED_UP_TO = 8192  # tokens; beyond, its steps would take minutes to time
 MATERIALISED = "dense, materialised"
-PEERS = (MATERIALISED, "dense", "diagonal", "random", "window", "bigbird", "longformer")
+PEERS = ("dense", "diagonal", "random", "window", "bigbird", "longformer", MATERIALISED)
 
 
 def missing(rows: list[dict], dense: str) -> list[str]:
@@ -22,16 +24,26 @@ def missing(rows: list[dict], dense: str) -> list[str]:
     return [name for name in PEERS if name not in known]
 
 
-def peers(runs: Any, names: list[str]):
+def peers(runs: Any, names: list[str], deadline: Deadline, ahead: Ahead):
     """Rows of milliseconds and bytes of a step; the loss tells whether the dense ones agree."""
     for name in names:
+        ahead.wait(peer_kind(name))
+        if deadline.over():
+            return
         dense = "xla" if name == MATERIALISED else runs.args.dense
         pattern = None if name.startswith("dense") else FINDERS[name](runs.setting, None)
         run = runs.run("drop", dense, pattern)
         timed = pattern is not None or dense != "xla" or runs.task.size.length <= MATERIALISED_UP_TO
         row = {"peer": name, **measure(run, runs.batch, runs.task.size.steps_per_call, timed)}
-        print(row, flush=True)
+        say(str(row))
         yield row
+
+
+def peer_kind(name: str) -> str:
+    """The programs of a peer: of its own, or of a kind of method."""
+    if name == MATERIALISED:
+        return MATERIALISED
+    return "dense" if name == "dense" else "shared drop"
 
 
 def arguments(run: Run, batch: Any) -> tuple:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.tree_util import Partial
 
-from sparsax.nn import SparseAttention
+from sparsax.nn import SparseAttention, score_maps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,10 +77,12 @@ def parse(description: str | None) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--data", type=Path, help="folder with the files")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoints, figures, pictures")
+    parser.add_argument("--out", type=Path, required=True, help="all that a run goes on from")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", help="in this order; dense before oracle")
-    parser.add_argument("--minutes", type=float, default=600, help="stop, to be gone on with")
+    parser.add_argument(
+        "--minutes", type=float, default=600, help="end by then, to be gone on with"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny, in OUT/quick")
     parser.add_argument("--dense", choices=["cudnn", "xla"], help="what dense attention runs")
     parser.add_argument("--no-peers", action="store_true", help="no table of time and memory")
@@ -92,7 +94,10 @@ def parse(description: str | None) -> argparse.Namespace:
         args.out /= "quick"  # checkpoints of their own
     args.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # The small programs are many, and all together take as long as a large one.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # Kernels name the files that they come from: programs are found again from any folder.
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")
     if args.dense is None:
         args.dense = "cudnn" if jax.default_backend() == "gpu" else "xla"
     return args
@@ -132,6 +137,12 @@ def _one_cycle(peak, steps, step):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def one_score(measure, graphdef, state, held):
     return jax.lax.map(lambda batch: measure(nnx.merge(graphdef, state), batch), held).mean()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def head_maps(graphdef, state, tokens, block):
+    """Pooled maps of every head, `[L, N, n, n]`."""
+    return score_maps(nnx.merge(graphdef, state), tokens, per_head=True, pool=block)
 
 
 def score(task: Task, model: nnx.Module, *parts: Any) -> float:

@@ -39,7 +39,7 @@ def test_only_peers_without_a_row_are_measured():
     rows = [{"task": "lm256"}, {"seed": 0, "method": "random"}, {"peer": "diagonal"}]
     left = ["dense", "random", "window", "bigbird", "longformer"]
     assert spion_peers.missing(rows, "xla") == left
-    assert spion_peers.missing(rows, "cudnn") == [spion_peers.MATERIALISED, *left]
+    assert spion_peers.missing(rows, "cudnn") == [*left, spion_peers.MATERIALISED]
     assert spion_peers.missing([{"peer": name} for name in spion_peers.PEERS], "cudnn") == []
 
 

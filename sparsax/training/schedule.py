@@ -66,9 +66,9 @@ class Schedule:
 
     def init(self, shape: tuple[int, int, int, int]) -> ScheduleState:
         """The state before the first probe of maps of shape `[L, P, T, T]`."""
-        return ScheduleState(
-            maps=jnp.zeros(shape), distance=jnp.full(shape[0], jnp.nan), probes=jnp.int32(0)
-        )
+        # Of the types that `observe` gives, which is compiled once then.
+        nan = jnp.full(shape[0], jnp.nan, jnp.float32)
+        return ScheduleState(maps=jnp.zeros(shape), distance=nan, probes=jnp.int32(0))
 
     def probes(self, step: int) -> bool:
         """Whether to take the score maps after `step` optimizer steps (counted from 1)."""
