@@ -47,15 +47,16 @@ TABLE = {
 
 # Where tiles may need a mask: it wants registers, and what spills is up to three times as slow.
 MASKED = TABLE | {
-    64: Config(Tiling(128, 3, turns=True), Tiling(128, 3), Tiling(64, 6, row_slots=2)),
+    64: Config(
+        Tiling(128, 3, row_slots=2), Tiling(128, 3, row_slots=2), Tiling(64, 6, row_slots=2)
+    ),
     128: Config(Tiling(128, 2, row_slots=2), Tiling(64, 3, row_slots=2), Tiling(64, 2)),
 }
 
 # Where places say which pairs attend, as in compound attention: short lists, most tiles masked.
 PLACED = MASKED | {
-    64: Config(Tiling(128, 3, row_slots=2), Tiling(64, 8, turns=True, row_slots=2),
-               Tiling(64, 6, row_slots=2)),
-}  # fmt: skip
+    64: Config(Tiling(128, 3, row_slots=2), Tiling(64, 6, row_slots=2), Tiling(64, 6, row_slots=2)),
+}
 
 
 def best_config(problem: Problem, masked: bool) -> Config:
