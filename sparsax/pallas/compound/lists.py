@@ -12,7 +12,7 @@ import numpy as np
 from sparsax.compound import CompoundPattern
 from sparsax.pallas.block_sparse.problem import Problem
 from sparsax.pallas.block_sparse.tiles import ROWS, TileLists
-from sparsax.pallas.compound.keys import Keys, mark_invalid
+from sparsax.pallas.compound.keys import Keys, joined, mark_invalid
 
 
 class _Cover(NamedTuple):
@@ -30,16 +30,16 @@ def query_lists(keys: Keys) -> TileLists:
     cover = _cover(x, pattern, keys_in_rows=False)
     lists = _ordered(cover, packed, x.packed_from // x.block_kv if packed else 0)
     rows = lists.cols.shape[1]
-    first = np.arange(packed) * x.block_kv
-    seen = jnp.repeat(first < pattern.num_columns[:, None, None], rows, 1)
+    seen = -(-jnp.maximum(pattern.num_columns, 0)[:, None] // x.block_kv)  # blocks in use
     if pattern.causal:  # and packed keys ascend
+        first = np.arange(packed) * x.block_kv
         last_row = np.arange(rows)[:, None] * ROWS + ROWS - 1
-        seen &= keys.slots[:, None, first] <= last_row
+        seen = jnp.minimum(seen, (keys.slots[:, None, first] <= last_row).sum(-1))
     full = lists.full[None]  # samples, P, R
     if (special := _special(keys)) is not None:
         clean = ~_some(special, x.block_kv).at[:, lists.cols].get(mode="fill", fill_value=False)
         full = jnp.minimum(full, jnp.cumprod(clean, -1).sum(-1))
-    count = lists.count[None] + seen.sum(-1)[:, None]
+    count = lists.count[None] + seen[:, None]
     if pattern.token_mask is not None:
         count = jnp.where(_some(pattern.token_mask, ROWS)[:, None], count, 0)
     found = full, count, lists.cols, lists.bits
@@ -119,9 +119,11 @@ def _below(keys: Keys, upper, full, count, cols):
     x, (upper_full, upper_count, upper_cols, bits) = keys.problem, upper
     (heads, rows, width), (more, wider) = upper_cols.shape, cols.shape
     grow = lambda y: jnp.pad(y, ((0, 0), (0, more), (0, max(0, wider - width))))
-    every = lambda y, tiles: jnp.broadcast_to(y, (x.samples, heads, tiles))
-    join = lambda y, z: jnp.concatenate(
-        [every(y, rows), every(jnp.asarray(z)[..., None, :] if jnp.ndim(z) else z, more)], -1
+    of_heads = lambda z: (
+        jnp.broadcast_to(z, (len(z), more))[:, None] if jnp.ndim(z) else z  # of all heads, tiles
+    )
+    join = lambda y, z: jnp.broadcast_to(
+        joined([(y, rows), (of_heads(z), more)]), (x.samples, heads, rows + more)
     )
     found = join(upper_full, full), join(upper_count, count)
     bits = None if bits is None else grow(bits)
