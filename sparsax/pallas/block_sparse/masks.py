@@ -63,7 +63,7 @@ def keep(
         return where(ordinary)(values)
     if isinstance(is_global, int):
         later = _cols(columns, found[0], shape)[1] >= is_global
-        return where(lambda: (later & of_global_rows()) | (~later & ordinary()))(values)
+        return jnp.where(later, where(of_global_rows)(values), where(ordinary)(values))
     return lax.cond(is_global, where(of_global_rows), where(ordinary), values)
 
 
