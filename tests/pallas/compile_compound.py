@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sparsax import CompoundPattern, compound_attention, pallas, patterns
 from sparsax.patterns import compound
 
-L, N = 2048, 4
+L, N = 4096, 4  # rows long enough to be cut
 POSITIONS = np.arange(0, L, 32)[None]
 PATTERNS = {
     "longformer": lambda: compound.longformer(L, window=256, positions=POSITIONS),

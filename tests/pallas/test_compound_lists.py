@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsax.pallas.block_sparse.problem import whole_tiles
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.compound.keys import Keys, problem_of
 from sparsax.pallas.compound.lists import key_lists, query_lists
@@ -51,10 +52,10 @@ def admitted(c, keys_in_rows):
                 at[col, row] += kept.T
             else:
                 at[row, col] += kept
-    return folded(found, keys), pattern
+    return folded(found, keys, keys_in_rows), pattern
 
 
-def folded(found, keys):
+def folded(found, keys, keys_in_rows):
     """Pairs of tokens, whichever copies of them attended to each other; `[B, N, T, T]`."""
     x, pattern = keys.problem, keys.pattern
     total = found[:, :, : x.T, : x.T].copy()
@@ -72,9 +73,12 @@ def folded(found, keys):
         total[b, :, asking[sample][there]] = 0
         for i in np.flatnonzero(there):
             row = found[b, :, x.rows_from + i]
-            total[b, :, asking[sample, i]] += row[:, x.rows_see_from :][:, : x.T]
-            # Gradients of what is past the end are cut off.
-            assert not row[:, : x.rows_see_from].any()
+            seen = slice(x.rows_see_from, x.rows_see_from + x.T)
+            total[b, :, asking[sample, i]] += row[:, seen]
+            row[:, seen] = 0
+            if keys_in_rows:  # gradients of keys past the end are cut off
+                row[:, seen.stop : seen.start + whole_tiles(x.T)] = 0
+            assert not row.any()
     if pattern.token_mask is not None:  # whole tiles ask no query, see attention.forward
         total *= np.asarray(pattern.token_mask)[:, None, :, None]
     return total

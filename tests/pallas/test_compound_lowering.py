@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sparsax import Band, CompoundPattern, compound_attention, pallas, patterns
+from sparsax.pallas.compound.keys import problem_of
 from sparsax.patterns import compound
 
 T = 1000
@@ -52,6 +53,22 @@ def test_attention_and_its_gradient_lower(name, features, dtype):
     halves = 2 if features == 256 else 1  # of dk and dv
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 5 + halves
     assert f"{T}x{T}" not in text
+
+
+def test_own_projections_without_global_rows_are_not_brought():
+    q = jax.ShapeDtypeStruct((2, T, 2, 64), jnp.bfloat16)
+    pattern = PATTERNS["window"]()
+
+    def loss(q, k, v):
+        own = {"q_global": pattern.take_rows(q), "k_global": 2 * k, "v_global": 2 * v}
+        o = compound_attention(q, k, v, pattern, **own, implementation="pallas")
+        return o.astype(jnp.float32).sum()
+
+    text, plain = text_of(loss, q, q, q), text_of(lambda *x: attend(*x, pattern), q, q, q)
+    count = lambda text: text.count("stablehlo.custom_call @mosaic_gpu")
+    assert count(text) == count(plain)
+    of_queries = problem_of(q, q, pattern, 1.0, own=True)
+    assert of_queries == problem_of(q, q, pattern, 1.0)
 
 
 def in_a_scan_with_remat(q, k, v, stacked):

@@ -26,7 +26,7 @@ def test_products_overlap_and_registers_do_not_spill(features, pattern):
     said = run.stdout + run.stderr
     assert run.returncode == 0, said[-2000:]
     kernels = set(re.findall(r"Function properties for block_sparse_(\w+?)_mosaic", said))
-    assert kernels == {"forward", "dq", "dkv", "combine"}
+    assert kernels == {"deal", "forward", "dq", "dkv", "combine"}
     assert not SERIALISED.search(said)
     for kernel, spilled in SPILL.findall(said):
         assert int(spilled) <= SPILLS.get(features, {}).get(kernel, 0), kernel

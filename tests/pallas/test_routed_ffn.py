@@ -10,8 +10,8 @@ import pytest
 
 from sparsax import pallas
 from sparsax.pallas.grouped_matmul import product
+from tests.ffn_cases import CASES, Case, run, value_and_gradients
 from tests.helpers import TOLERANCES, assert_near
-from tests.test_ffn import CASES, Case, run, value_and_gradients
 
 
 def for_kernels(c: Case, grow: int) -> Case:

@@ -27,9 +27,7 @@ def forward(
     return o, lse
 
 
-def run_forward(
-    problem: Problem, lists: TileLists, ids, q, k, v, config: Config | None, interpret
-):  # fmt: skip
+def run_forward(problem: Problem, lists: TileLists, ids, q, k, v, config: Config | None, interpret):
     """`forward` over the lists of row tiles: of each array in q an o and an lse.
 
     q, k and v are lists of arrays that stand behind each other: queries and global rows; keys,
@@ -48,9 +46,8 @@ def run_forward(
         (o,), lse = combine(
             schedule, problem.samples, splits, parts, [list(o)], problem.q_starts, lse, interpret
         )
-    return vary(
-        (_cut(o, problem.q_lengths), problem.of_queries(lse / LOG2E)), (arrays, lists, ids)
-    )  # fmt: skip
+    found = _cut(o, problem.q_lengths), problem.of_queries(lse / LOG2E)
+    return vary(found, (arrays, lists, ids))
 
 
 def backward(
@@ -123,9 +120,7 @@ def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, interpret)
         many = len(starts)
         targets = [list(results[:many]), list(results[many : 2 * many])]
         if parts := results[2 * many :]:
-            targets, _ = combine(
-                schedule, samples, splits, parts, targets, starts, None, interpret
-            )  # fmt: skip
+            targets, _ = combine(schedule, samples, splits, parts, targets, starts, None, interpret)
         found.append(targets)
     if len(found) == 1:
         return found[0]

@@ -23,10 +23,10 @@ def combine(
 
     Each target is a list of arrays that begin at the positions `starts`. `samples` is 1 where all
     share their lists. `splits [2, E]` is from `deal`, `parts` are from the kernel that wrote them:
-    sums `[part and copy, target, 128, H]`, which are added; or
-    the outputs of softmax attention `[part and copy, 1, 128, H]` and their log-sum-exps
-    `[part and copy, 128]` in units of log 2, which are averaged by weight: then `lse [B, K, S']` is
-    that of the rows, else None. It returns the targets and lse.
+    sums `[part and copy, target, 128, H]`, which are added; or the outputs of softmax attention
+    `[part and copy, 1, 128, H]` and their log-sum-exps `[part and copy, 128]` in units of log 2,
+    which are averaged by weight: then `lse [B, K, S']` is that of the rows, else None. It returns
+    the targets and lse.
     """
     (_, _, heads, features), dtype = targets[0][0].shape, targets[0][0].dtype
     owners = schedule.owners // samples  # of one sample

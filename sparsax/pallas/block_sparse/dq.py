@@ -82,7 +82,7 @@ def dq_kernel(
                     ref.at[work.sample, work.head, rows], layout=ROW, optimized=False
                 )
                 row_lse, row_delta = of_rows(lse), of_rows(delta)
-                find, read, keep = tiles.mask(work, wg)
+                find, read, keep = tiles.mask(work, wg, ids_smem)
 
                 def products(step):
                     k_ring.wait(step)
@@ -92,12 +92,11 @@ def dq_kernel(
                     return scores, (None, cotangents, turned(v_smem, v_ring))
 
                 def probabilities(get_s, step, found):
-                    ids = ()
-                    if found is not None and x.ids:  # while the product runs
-                        ids = read(ids_smem.at[k_ring.slot(step)])
-                    weights = get_s() * gain
-                    weights = jnp.exp2(weights - per_row(row_lse, weights.shape))
-                    return weights if found is None else keep(weights, 0.0, found, ids)
+                    slot = k_ring.slot(step)
+                    ids = None if found is None else read(slot)  # while the product runs
+                    s = get_s()
+                    weights = jnp.exp2(s * gain - per_row(row_lse, s.shape))
+                    return weights if found is None else keep(weights, 0.0, found, ids, slot)
 
                 def logit_gradients(weights, dp, step):
                     release(v_ring, step)

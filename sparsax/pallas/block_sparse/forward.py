@@ -89,10 +89,7 @@ def forward_kernel(
                 done, begun = carry
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
                 steps, queries = work.steps, q_smem.at[q_ring.slot(done), wg]
-                find, read, keep = tiles.mask(work, wg)
-
-                def ids_of(step):
-                    return read(ids_smem.at[k_ring.slot(step)]) if x.ids else ()
+                find, read, keep = tiles.mask(work, wg, ids_smem)
 
                 def scores(step):
                     k_ring.wait(step)
@@ -110,7 +107,7 @@ def forward_kernel(
                         s = get() if gain == scale else get() * scale
                         if found is not None:
                             unmasked = columns.full_tiles(work.full) > work.first
-                            mask = lambda s: keep(s, -jnp.inf, found, ids_of(begun))
+                            mask = lambda s: keep(s, -jnp.inf, found, None, k_ring.slot(begun))
                             s = lax.cond(unmasked, lambda s: s, mask, s)
                         release(k_ring, begun)
                         return softmax(s, top, total)
@@ -125,10 +122,11 @@ def forward_kernel(
                     step = begun + t - work.first
 
                     def then(get_scores, get_acc):
-                        ids = None if found is None else ids_of(step)  # while the product runs
+                        slot = k_ring.slot(step)
+                        ids = None if found is None else read(slot)  # while the product runs
                         s = get_scores() if gain == scale else get_scores() * scale
                         if found is not None:
-                            s = keep(s, -jnp.inf, found, ids)
+                            s = keep(s, -jnp.inf, found, ids, slot)
                         release(k_ring, step)
                         new_weights, new_top, new_total, decay = softmax(s, top, total)
                         acc = get_acc()

@@ -43,7 +43,7 @@ def keep(
     values, fill: float, columns: Columns, found, first_row, block_row: int,
     ids: tuple[Any, Any] | None, is_global,
 ):  # fmt: skip
-    """Values `[64, tile]` of a warpgroup's rows and a tile's columns, where the pair attends.
+    """Values `[64, tile]` of a warpgroup's rows and a tile's columns; `fill` where none attends.
 
     `is_global` is a scalar of the kernel, whether the tile is one of global rows; or the position
     from which on the columns of a tile are; None without any.
@@ -78,7 +78,7 @@ def kept(columns: Columns, found, first_row, block_row: int, ids: tuple[Any, Any
         return rule.keep(*ids_of_pairs, None, shape)
     starts, words = found
     lane, col = _cols(columns, starts, shape)
-    keep = _within(bounds, col, first_row)
+    attend = _within(bounds, col, first_row)
     listed = None
     if block_row < WG_ROWS or (rule is not None and rule.blocks):
         word = _select(lane, words, columns.width)
@@ -87,12 +87,12 @@ def kept(columns: Columns, found, first_row, block_row: int, ids: tuple[Any, Any
             word = lax.shift_right_logical(word, row // block_row)
         listed = (word & 1) == 1
     if rule is not None and ids is not None:
-        return keep & rule.keep(*ids_of_pairs, listed, shape)
-    keep = keep if listed is None else keep & listed
+        return attend & rule.keep(*ids_of_pairs, listed, shape)
+    attend = attend if listed is None else attend & listed
     if ids is not None:
         (rows,), (cols,) = ids
-        keep &= per_row(rows, shape) == per_col(cols, shape)
-    return keep
+        attend &= per_row(rows, shape) == per_col(cols, shape)
+    return attend
 
 
 def _cols(columns: Columns, starts, shape):

@@ -164,10 +164,11 @@ class QueryTiles:
         k_ring.drain(steps)
         v_ring.drain(steps)
 
-    def mask(self, work: QueryTile, wg):
-        """`find(tile)` and `read(ids of the tile)`, to be called early, and `keep` for a warpgroup.
+    def mask(self, work: QueryTile, wg, ids_smem):
+        """`find(tile)` and `read(slot)`, to be called early, and `keep` for a warpgroup.
 
-        `keep(values, fill, found, read)` puts `fill` where a pair does not attend.
+        `keep(values, fill, found, key_ids, slot)` puts `fill` where a pair does not attend, from
+        what these gave of the tile in a slot.
         """
         x, lists = self.problem, self.lists
         row_in_tile = wg * WG_ROWS
@@ -184,10 +185,15 @@ class QueryTiles:
                 self.columns, lists.cols, lists.bits, at, count, tile, row_in_tile, x.block_q
             )
 
-        def read(ids_ref):
-            return tuple(plgpu.load(ids_ref.at[i], layout=COL) for i in range(x.key_ids))
+        def load_ids(slot):
+            refs = (ids_smem.at[slot, i] for i in range(x.key_ids))
+            return tuple(plgpu.load(ref, layout=COL) for ref in refs)
 
-        def keep(values, fill, found, key_ids):
+        def read(slot):  # for other features there are no registers to hold them meanwhile
+            return load_ids(slot) if x.ids and x.H == 64 else None
+
+        def keep(values, fill, found, key_ids, slot):
+            key_ids = load_ids(slot) if x.ids and key_ids is None else key_ids
             ids = (row_ids, key_ids) if x.ids else None
             is_global = work.row * ROWS >= x.rows_from if x.rows else None
             return masks.keep(

@@ -29,7 +29,7 @@ def rule_of(pattern: CompoundPattern) -> Rule:
 def problem_of(q, k, pattern: CompoundPattern, scale: float, own: bool = False) -> Problem:
     """What the kernels of this pattern are built for; `own`: global rows see keys of their own."""
     (batch, length, heads, features), kv_heads = q.shape, k.shape[2]
-    blocks, capacity = pattern.blocks, pattern.columns.shape[-1]
+    blocks, capacity, rows = pattern.blocks, pattern.columns.shape[-1], pattern.rows.shape[-1]
     return Problem(
         batch, length, length, heads, kv_heads, features,
         1 if blocks is None else blocks.num_heads, q.dtype,
@@ -37,7 +37,7 @@ def problem_of(q, k, pattern: CompoundPattern, scale: float, own: bool = False) 
         scale, None, None, ids=True,
         rule=rule_of(pattern),
         samples=pattern.batch, packed=whole_tiles(capacity),
-        rows=whole_tiles(pattern.rows.shape[-1]), own=own,
+        rows=whole_tiles(rows), own=own and rows > 0,
     )  # fmt: skip
 
 
