@@ -34,9 +34,10 @@ class Config:
     dkv: Tiling
 
 
-# By head dim: what fits in 227 KiB of shared memory. 64 and 128: by time on an H200, the result of
+# By head dim: what fits in 227 KiB of shared memory. 64 and 128: by time on an H200, from
 # `benchmarks/tune_attention_gpu.py`, where dQ at 128 is a tie with and without turns. The others
-# spill next to nothing, and were not timed.
+# spill next to nothing, and were not timed. Since that run, masks and sums over rows changed, and
+# MASKED and PLACED at 64 were chosen anew by the same two passes' times, outside of the script.
 TABLE = {
     32: Config(Tiling(128, 4), Tiling(128, 4), Tiling(128, 4)),
     64: Config(Tiling(128, 3), Tiling(128, 3, row_slots=2), Tiling(128, 3, row_slots=2)),
