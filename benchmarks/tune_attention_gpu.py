@@ -151,7 +151,7 @@ def assert_alike(got, want, tiling) -> None:
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         x, y = (np.asarray(a, np.float32) for a in (x, y))
         there = np.isfinite(y)  # lse of what attends to nothing is not
-        error = np.linalg.norm((x - y)[there]) / np.linalg.norm(y[there])
+        error = np.linalg.norm(x[there] - y[there]) / np.linalg.norm(y[there])
         if not error < 1e-2 or not np.array_equal(there, np.isfinite(x)):
             raise AssertionError(f"{tiling} is wrong: relative error {error:.2e}")
 
@@ -167,45 +167,42 @@ def tune(features: int, length: int, heads: int) -> list[dict]:
         print(f"  H={features} {kernel:8s}", tiling, {n: round(t, 3) for n, t in times.items()},
               flush=True)  # fmt: skip
 
-    def attempt(run, tilings):
-        try:
-            run()
-        except AssertionError:
-            raise
-        except Exception as error:  # what does not fit does not compile: say so and go on
-            reason = str(error).splitlines()[0][:100]
-            print(f"  H={features}", tilings, "fails:", reason, flush=True)
-
-    def time_forward(tiling):
-        times = {}
+    def of_cases(time, tilings) -> dict[str, dict[str, float]]:
+        """Times of kernels by case, of those that run: masks and ids want shared memory, too."""
+        found = {}
         for name, case in of_names.items():
-            forward, _ = case.passes(Config(tiling, kept.dq, kept.dkv))
-            args = *case.arrays[:3], *case.operands
-            result = forward(*args)
-            assert_alike(result, firsts.setdefault(name, result), tiling)
-            times[name] = of_kernel("forward", kernels(forward, *args, calls=4))
-        record("forward", tiling, times)
+            try:
+                found[name] = time(name, case)
+            except AssertionError:
+                raise
+            except Exception as error:  # what does not fit does not compile: say so and go on
+                reason = str(error).splitlines()[0][:100]
+                print(f"  H={features} {name}", tilings, "fails:", reason, flush=True)
+        return found
 
-    def time_backward(dq, dkv):
-        times = {"dq": {}, "dkv": {}}
-        for name, case in of_names.items():
-            _, backward = case.passes(Config(kept.forward, dq, dkv))
-            args = *case.arrays, *firsts[name], *case.operands
-            result = backward(*args)
-            assert_alike(result, firsts.setdefault("backward " + name, result), (dq, dkv))
-            found = kernels(backward, *args, calls=4)
-            for kernel in times:
-                times[kernel][name] = of_kernel(kernel, found)
-        record("dq", dq, times["dq"])
-        record("dkv", dkv, times["dkv"])
+    def time_forward(tiling, name, case):
+        forward, _ = case.passes(Config(tiling, kept.dq, kept.dkv))
+        args = *case.arrays[:3], *case.operands
+        result = forward(*args)
+        assert_alike(result, firsts.setdefault(name, result), tiling)
+        return kernels(forward, *args, calls=4)
+
+    def time_backward(dq, dkv, name, case):
+        _, backward = case.passes(Config(kept.forward, dq, dkv))
+        args = *case.arrays, *firsts[name], *case.operands
+        result = backward(*args)
+        assert_alike(result, firsts.setdefault("backward " + name, result), (dq, dkv))
+        return kernels(backward, *args, calls=4)
 
     for tiling in tilings(FORWARD[features]):
-        attempt(functools.partial(time_forward, tiling), tiling)
+        found = of_cases(functools.partial(time_forward, tiling), tiling)
+        record("forward", tiling, {name: of_kernel("forward", x) for name, x in found.items()})
     of_dq, of_dkv = tilings(DQ[features]), tilings(DKV[features])
     pairs = itertools.zip_longest(of_dq, of_dkv)
-    for dq, dkv in pairs:
-        pair = dq or of_dq[0], dkv or of_dkv[0]
-        attempt(functools.partial(time_backward, *pair), pair)
+    for pair in ((dq or of_dq[0], dkv or of_dkv[0]) for dq, dkv in pairs):
+        found = of_cases(functools.partial(time_backward, *pair), pair)
+        for kernel, tiling in zip(("dq", "dkv"), pair, strict=True):
+            record(kernel, tiling, {name: of_kernel(kernel, x) for name, x in found.items()})
     return rows
 
 
@@ -214,7 +211,10 @@ def best(rows: list[dict], kernel: str, names: tuple[str, ...]) -> Tiling:
 
     Turns must earn one percent to be worth their barriers.
     """
-    rows = [row for row in rows if row["kernel"] == kernel]
+    ran = lambda row: row["kernel"] == kernel and set(names) <= row["milliseconds"].keys()
+    rows = [row for row in rows if ran(row)]
+    if not rows:
+        raise ValueError(f"no tiling of {kernel} ran in all of {names}: add one that fits.")
     least = {name: min(row["milliseconds"][name] for row in rows) for name in names}
     cost = lambda row: (
         (1.01 if row["turns"] else 1.0)

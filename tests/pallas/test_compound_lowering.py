@@ -67,8 +67,7 @@ def test_own_projections_without_global_rows_are_not_brought():
     text, plain = text_of(loss, q, q, q), text_of(lambda *x: attend(*x, pattern), q, q, q)
     count = lambda text: text.count("stablehlo.custom_call @mosaic_gpu")
     assert count(text) == count(plain)
-    of_queries = problem_of(q, q, pattern, 1.0, own=True)
-    assert of_queries == problem_of(q, q, pattern, 1.0)
+    assert problem_of(q, q, pattern, 1.0, own=True) == problem_of(q, q, pattern, 1.0)
 
 
 def in_a_scan_with_remat(q, k, v, stacked):

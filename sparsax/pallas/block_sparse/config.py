@@ -36,8 +36,8 @@ class Config:
 
 # By head dim: what fits in 227 KiB of shared memory. 64 and 128: by time on an H200, from
 # `benchmarks/tune_attention_gpu.py`, where dQ at 128 is a tie with and without turns. The others
-# spill next to nothing, and were not timed. Since that run, masks and sums over rows changed, and
-# MASKED and PLACED at 64 were chosen anew by the same two passes' times, outside of the script.
+# spill next to nothing, and were not timed. Masks and sums over rows have changed since that run;
+# after it, MASKED and PLACED at 64 were chosen by single timings on an H200, not by the script.
 TABLE = {
     32: Config(Tiling(128, 4), Tiling(128, 4), Tiling(128, 4)),
     64: Config(Tiling(128, 3), Tiling(128, 3, row_slots=2), Tiling(128, 3, row_slots=2)),

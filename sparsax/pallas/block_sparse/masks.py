@@ -43,7 +43,7 @@ def keep(
     values, fill: float, columns: Columns, found, first_row, block_row: int,
     ids: tuple[Any, Any] | None, is_global,
 ):  # fmt: skip
-    """Values `[64, tile]` of a warpgroup's rows and a tile's columns; `fill` where none attends.
+    """Values `[64, tile]` of a warpgroup's rows and a tile's columns; `fill` where no pair attends.
 
     `is_global` is a scalar of the kernel, whether the tile is one of global rows; or the position
     from which on the columns of a tile are; None without any.
