@@ -86,8 +86,10 @@ def _kernel(shape, kv_heads: int, num_codes: int, keep: int, causal: bool, inter
                     for w in words:
                         # Ones from the four bits on whose number is how many codes differ. In two
                         # steps, as no shift may be one by all bits.
-                        by = 2 * jnp.clip(differ - w * CODES_PER_WORD, 0, CODES_PER_WORD)
-                        reached = jnp.left_shift(jnp.left_shift(one, by), by)
+                        beyond = differ
+                        if num_words > 1:
+                            beyond = jnp.clip(differ - w * CODES_PER_WORD, 0, CODES_PER_WORD)
+                        reached = jnp.left_shift(jnp.left_shift(one, 2 * beyond), 2 * beyond)
                         packed[w] += jnp.where(other(place), reached, 0) if ask else reached
                 halves = [x for p in packed for x in (p, p >> 4)]
                 return tuple(s + (x & LOW) for s, x in zip(sums, halves, strict=True))
