@@ -20,7 +20,7 @@ import argparse
 import importlib.metadata
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from sparsax.patterns import compound
 
 FEATURES, BLOCK = 64, 64
 PEERS = ("dense", "block_mask", "flex", "huggingface")
+PARTS = ("ours", "kernels", "dense", "block_mask", "flex", "layer", "huggingface")  # of a row
 PACKAGES = {"flex": ("torch",), "huggingface": ("torch", "transformers")}
 
 
@@ -88,8 +89,11 @@ def rounded(pattern) -> sparsax.BlockPattern:
     return sparsax.BlockPattern.from_block_mask(mask, q_len=length, block_q=BLOCK)
 
 
-def time_layer(pattern, batch: int, heads: int, implementation: str, calls: int) -> dict:
-    """Milliseconds of our layer with its projections; gradients of input and parameters."""
+def start_layer(pool, pattern, batch: int, heads: int, implementation: str, calls: int):
+    """A function that gives the milliseconds of our layer with its projections.
+
+    Gradients are those of input and parameters. It is compiled in the pool.
+    """
     (band,) = pattern.bands
     layer = sparsax.nn.LongformerSelfAttention(
         heads, heads * FEATURES, window=band.left, max_global=pattern.rows.shape[-1],
@@ -105,43 +109,50 @@ def time_layer(pattern, batch: int, heads: int, implementation: str, calls: int)
         y, pull = jax.vjp(lambda x, state: forward(x, state, pattern), x, state)
         return y, pull(dy)
 
-    return {
-        "forward_ms": milliseconds(repeated(forward, calls), x, state, pattern, calls=calls),
-        "both_ms": milliseconds(repeated(step, calls), x, dy, state, pattern, calls=calls),
+    loop = lambda run, *args: (pool.submit(repeated(run, calls).lower(*args).compile), args)
+    loops = {
+        "forward_ms": loop(forward, x, state, pattern),
+        "both_ms": loop(step, x, dy, state, pattern),
+    }
+    return lambda: {
+        name: milliseconds(run.result(), *args, calls=calls) for name, (run, args) in loops.items()
     }
 
 
-def parts(batch: int, heads: int, pattern, args) -> dict:
-    """What measures ours and its peers at one pattern, by name."""
+def parts(batch: int, heads: int, pattern, wanted: set[str], args) -> dict:
+    """What measures the wanted parts, ours and its peers, at one pattern, by name.
+
+    All that XLA compiles for them is compiled together, before any is measured.
+    """
     length = pattern.seq_len
     arrays = jax.random.normal(jax.random.key(0), (4, batch, length, heads, FEATURES), jnp.bfloat16)
     calls = 2 if args.quick else max(2, min(50, 2**18 // (batch * length)))
-
-    def start(attend, *rest):
-        with ThreadPoolExecutor() as pool:
-            return Programs.start(pool, attend, arrays, *rest, calls=calls)
-
-    time = lambda attend, *rest: start(attend, *rest).time(arrays, *rest)
     ours = partial(sparsax.compound_attention, implementation=args.implementation)
     block = partial(sparsax.block_sparse_attention, implementation=args.implementation)
     dense = partial(jax.nn.dot_product_attention, implementation=args.dense)
-    mine = cache(lambda: start(ours, pattern))  # its kernels are those of what was timed
-    found = {
-        "ours": lambda: mine().time(arrays, pattern),
-        "kernels": lambda: {"ms": mine().kernels(arrays, pattern)},
-        "dense": lambda: time(dense),
-        "block_mask": lambda: time(block, rounded(pattern)),
-        "flex": lambda: dict(zip(
-            ("forward_ms", "both_ms"), flex_compound(batch, heads, FEATURES, pattern), strict=True
-        )) | {"versions": {"torch": importlib.metadata.version("torch")}},
-    }  # fmt: skip
+    attentions = {"ours": (ours, pattern), "dense": (dense,), "block_mask": (block,)}
+    found, programs = {}, {}
+    with ThreadPoolExecutor() as pool:
+        for name, (attend, *rest) in attentions.items():
+            if name in wanted or (name == "ours" and "kernels" in wanted):
+                rest = rest or ([rounded(pattern)] if name == "block_mask" else [])
+                programs[name] = Programs.start(pool, attend, arrays, *rest, calls=calls), rest
+        if pattern.bands and "layer" in wanted:
+            found["layer"] = start_layer(pool, pattern, batch, heads, args.implementation, calls)
+    for name, (program, rest) in programs.items():
+        found[name] = partial(program.time, arrays, *rest)
+    if "kernels" in wanted:  # those of what was timed
+        program, rest = programs["ours"]
+        found["kernels"] = lambda: {"ms": program.kernels(arrays, *rest)}
+    found["flex"] = lambda: dict(zip(
+        ("forward_ms", "both_ms"), flex_compound(batch, heads, FEATURES, pattern), strict=True
+    )) | {"versions": {"torch": importlib.metadata.version("torch")}}  # fmt: skip
     if pattern.bands:  # Longformer's
         chosen = np.broadcast_to(np.asarray(pattern.is_row()), (batch, length))
-        found["layer"] = lambda: time_layer(pattern, batch, heads, args.implementation, calls)
         found["huggingface"] = lambda: longformer_attention(
             chosen, heads, FEATURES, pattern.bands[0].left
         )
-    return found
+    return {name: found[name] for name in PARTS if name in found and name in wanted}
 
 
 def beside(peer: str) -> str:
@@ -178,6 +189,7 @@ def main() -> None:
     args = parser.parse_args()
     need(*{name for peer in args.peers for name in PACKAGES.get(peer, ())})
     results = Results(args.name + "_quick" * args.quick, resume=args.resume)
+    asked = {"ours", "kernels", *args.peers} | ({"layer"} if "huggingface" in args.peers else set())
     print(f"pattern, length, tiles, blocks | forward ms, x {', x '.join(PEERS)} | and backward")
     for name, batch, heads, pattern in cases(args):
         if args.only not in name:
@@ -189,10 +201,9 @@ def main() -> None:
             tiles=plan.tiles / plan.dense_tiles,
             blocks=plan.block_mask_tiles / plan.dense_tiles,
         )  # fmt: skip
-        for part, measured in parts(batch, heads, pattern, args).items():
-            with_it = "huggingface" if part == "layer" else part
-            if with_it not in PEERS or with_it in args.peers:
-                results.measure(key, part, measured)
+        wanted = {part for part in asked if results.lacks(key, part)}
+        for part, measured in parts(batch, heads, pattern, wanted, args).items():
+            results.measure(key, part, measured)
         show(row, time.perf_counter() - begin)
     results.end("ours", "kernels", "layer")
 

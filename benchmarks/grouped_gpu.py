@@ -11,6 +11,7 @@ implementation first.
 """
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -83,11 +84,35 @@ def operands(rows: int, features: int, columns: int, sizes: np.ndarray) -> dict[
     return {name: (drawn[a], drawn[b], sizes) for name, (a, b) in PRODUCTS.items()}
 
 
-def check(implementation: str, given) -> dict[str, float]:
+def rivals(args, groups: int) -> dict[str, dict]:
+    """Who computes the products."""
+    found = {args.implementation: ours(args.implementation), "dense": DENSE, "xla": ours("xla")}
+    return found | ({"ragged_dot": RAGGED_DOT} if groups <= args.ragged_dot_up_to else {})
+
+
+def programs(args, given, groups: int) -> tuple[dict, dict]:
+    """Single calls of ours and of the portable products, and everybody's loops of calls, compiled.
+
+    All together, because XLA tunes some of them for long; for all sizes, which are data.
+    """
+    with ThreadPoolExecutor() as pool:
+        compile_ = lambda run, name: pool.submit(run.lower(*given[name]).compile)
+        once = {
+            who: {name: compile_(jax.jit(ours(who)[name]), name) for name in PRODUCTS}
+            for who in (args.implementation, "xla")
+        }
+        loops = {
+            who: {n: compile_(repeated(products[n], args.calls), n) for n in PRODUCTS}
+            for who, products in rivals(args, groups).items()
+        }
+    return jax.tree.map(lambda future: future.result(), (once, loops))
+
+
+def check(ours, portable, given) -> dict[str, float]:
     """Relative L2 error of each product to the portable one's; more than rounding is an error."""
     found, norm = {}, lambda a: jnp.linalg.norm(a.astype(jnp.float32).reshape(-1))
     for name in PRODUCTS:
-        got, want = (jax.jit(ours(which)[name])(*given[name]) for which in (implementation, "xla"))
+        got, want = (product[name](*given[name]) for product in (ours, portable))
         found[name] = float(norm(got.astype(jnp.float32) - want) / norm(want))
         if not found[name] < 1e-2:
             raise SystemExit(f"{name} is wrong: relative error {found[name]}")
@@ -109,23 +134,19 @@ def of_torch(rows: int, features: int, columns: int, sizes, calls: int) -> dict[
     return {name: queued_milliseconds(run, wait, calls=calls) for name, run in products.items()}
 
 
-def measure(args, features: int, columns: int, groups: int, deal: str) -> dict:
+def measure(args, once, loops, features: int, columns: int, groups: int, deal: str) -> dict:
     """Everything about one shape and one way to deal the rows."""
     sizes = SIZES[deal](args.rows, groups)
     given = operands(args.rows, features, columns, sizes)
+    mine = once[args.implementation]
     row = {
         "rows": args.rows, "features": features, "columns": columns, "groups": groups,
-        "sizes": deal, "errors": check(args.implementation, given),
+        "sizes": deal, "errors": check(mine, once["xla"], given),
     }  # fmt: skip
-    rivals = {args.implementation: ours(args.implementation), "dense": DENSE, "xla": ours("xla")}
-    if groups <= args.ragged_dot_up_to:
-        rivals["ragged_dot"] = RAGGED_DOT
-    for rival, products in rivals.items():
-        run = {name: repeated(products[name], args.calls) for name in PRODUCTS}
-        row[f"{rival}_ms"] = {n: milliseconds(run[n], *given[n], calls=args.calls) for n in run}
+    for who, run in loops.items():
+        row[f"{who}_ms"] = {n: milliseconds(run[n], *given[n], calls=args.calls) for n in run}
     if jax.default_backend() == "gpu":
-        mine = ours(args.implementation)
-        row["kernels_ms"] = {n: kernels(jax.jit(mine[n]), *given[n]) for n in PRODUCTS}
+        row["kernels_ms"] = {n: kernels(mine[n], *given[n]) for n in PRODUCTS}
         if hasattr(torch, "_grouped_mm"):
             row["torch_ms"] = of_torch(args.rows, features, columns, sizes, args.calls)
     return row
@@ -159,8 +180,10 @@ def main() -> None:
     for shape in args.shapes:
         features, columns = map(int, shape.split("x"))
         for groups in args.groups:
+            given = operands(args.rows, features, columns, even(args.rows, groups))
+            compiled = programs(args, given, groups)
             for deal in args.sizes:
-                rows.append(measure(args, features, columns, groups, deal))
+                rows.append(measure(args, *compiled, features, columns, groups, deal))
                 show(rows[-1], 2 * args.rows * features * columns)
                 save("grouped_gpu", rows)  # what there is, should the run be stopped
     print(save("grouped_gpu", rows))

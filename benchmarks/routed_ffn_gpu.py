@@ -13,6 +13,8 @@ compared with those of the portable implementation first.
 """
 
 import argparse
+import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -84,28 +86,52 @@ def of(layer: str, given: dict) -> dict:
     return {name: value for name, value in given.items() if name in ONLY[layer]}
 
 
-def check(mine, theirs, arguments) -> float:
+def check(got, want) -> float:
     """The largest relative L2 error of y and gradients; more than rounding is an error."""
-    got, want = (jax.tree.leaves(jax.jit(both(layer))(*arguments)) for layer in (mine, theirs))
     norm = lambda a: jnp.linalg.norm(a.astype(jnp.float32).reshape(-1))
     worst = max(
-        float(norm(a.astype(jnp.float32) - b) / norm(b)) for a, b in zip(got, want, strict=True)
+        float(norm(a.astype(jnp.float32) - b) / norm(b))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
     )
     if not worst < 2e-2:
         raise SystemExit(f"the routed layer is wrong: relative error {worst}")
     return worst
 
 
-def time_passes(layer, x, dy, tuned, fixed, calls: int) -> dict:
-    """Milliseconds of forward alone and of both passes, bytes of both."""
-    passes = {"forward": layer, "both": both(layer)}
-    arguments = {"forward": (x, tuned, fixed), "both": (x, dy, tuned, fixed)}
-    row = {
-        f"{name}_ms": milliseconds(repeated(run, calls), *arguments[name], calls=calls)
-        for name, run in passes.items()
-    }
-    memory = jax.jit(passes["both"]).lower(*arguments["both"]).compile().memory_analysis()
-    return row | {"bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes}
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """A layer with its arguments, compiled: a call of both passes, and loops of calls."""
+
+    forward_args: tuple
+    both_args: tuple
+    once: Future
+    forward: Future
+    both: Future
+
+    @classmethod
+    def start(cls, pool: ThreadPoolExecutor, layer, x, dy, tuned, fixed, calls: int) -> "Programs":
+        """Traces them here and compiles them in the pool: XLA tunes small products for long."""
+        forward_args, both_args = (x, tuned, fixed), (x, dy, tuned, fixed)
+        compile_ = lambda function, args: pool.submit(function.lower(*args).compile)
+        return cls(
+            forward_args, both_args,
+            compile_(jax.jit(both(layer)), both_args),
+            compile_(repeated(layer, calls), forward_args),
+            compile_(repeated(both(layer), calls), both_args),
+        )  # fmt: skip
+
+    def results(self):
+        """Of both passes."""
+        return self.once.result()(*self.both_args)
+
+    def time(self, calls: int) -> dict:
+        """Milliseconds of forward alone and of both passes, bytes of both."""
+        memory = self.once.result().memory_analysis()
+        return {
+            "forward_ms": milliseconds(self.forward.result(), *self.forward_args, calls=calls),
+            "both_ms": milliseconds(self.both.result(), *self.both_args, calls=calls),
+            "bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
+        }
 
 
 def of_torch(args, features: int, hidden: int, blocks: int, active: int, frozen: bool) -> dict:
@@ -161,28 +187,28 @@ def of_torch(args, features: int, hidden: int, blocks: int, active: int, frozen:
 def measure(args, features: int, hidden: int, blocks: int, active: int) -> list[dict]:
     """Rows of one shape: trained, and frozen with LoRA."""
     x, dy = jax.random.normal(jax.random.key(1), (2, args.tokens, features), jnp.bfloat16)
-    layers = {
+    layers = {"dense": partial(dense, activation=args.activation)} | {
         name: partial(routed, activation=args.activation, active=active, implementation=name)
         for name in (args.implementation, "xla")
     }
+    programs = {}
+    with ThreadPoolExecutor() as pool:  # all are compiled before any is timed
+        for way, parts in parameters(args, features, hidden, blocks).items():
+            for name, layer in layers.items():
+                given = (of("dense" if name == "dense" else "routed", part) for part in parts)
+                programs[way, name] = Programs.start(pool, layer, x, dy, *given, args.calls)
     rows = []
-    for way, (tuned, fixed) in parameters(args, features, hidden, blocks).items():
-        mine = of("routed", tuned), of("routed", fixed)
-        theirs = of("dense", tuned), of("dense", fixed)
-        ours = layers[args.implementation]
+    for way in ("trained", "lora"):
+        ours, portable = programs[way, args.implementation], programs[way, "xla"]
         row = {
             "features": features, "hidden": hidden, "blocks": blocks, "active": active,
             "tokens": args.tokens, "gated": args.gated, "way": way,
-            "error": check(ours, layers["xla"], (x, dy, *mine)),
-            "dense": time_passes(
-                partial(dense, activation=args.activation), x, dy, *theirs, args.calls
-            ),
-            "routed": time_passes(ours, x, dy, *mine, args.calls),
+            "error": check(ours.results(), portable.results()),
+            "dense": programs[way, "dense"].time(args.calls), "routed": ours.time(args.calls),
+            "xla": portable.time(args.calls),
         }  # fmt: skip
-        if args.xla:
-            row["xla"] = time_passes(layers["xla"], x, dy, *mine, args.calls)
         if jax.default_backend() == "gpu":
-            row["kernels_ms"] = kernels(jax.jit(both(ours)), x, dy, *mine)
+            row["kernels_ms"] = kernels(ours.once.result(), *ours.both_args)
         if args.torch:
             try:
                 row["torch"] = of_torch(args, features, hidden, blocks, active, way == "lora")
@@ -218,7 +244,6 @@ def main() -> None:
     parser.add_argument("--gated", action="store_true", help="SwiGLU and its kin")
     parser.add_argument("--implementation", default="pallas", choices=["pallas", "xla"])
     parser.add_argument("--calls", type=int, default=10)
-    parser.add_argument("--xla", action="store_true", help="also time the portable one")
     parser.add_argument("--torch", action="store_true", help="also PyTorch's grouped products")
     parser.add_argument("--name", default="routed_ffn_gpu", help="of the result")
     args, rows = parser.parse_args(), []

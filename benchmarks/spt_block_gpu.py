@@ -15,6 +15,8 @@ computed is the same, but for "blocks", whose votes spread as those of random ke
 
 import argparse
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -63,24 +65,30 @@ def training_step(model, wrt):
     return step, tuned, tx.init(tuned), rest
 
 
-def measure(model, wrt, x, dy, calls: int) -> dict:
-    """Time and memory of training steps, and their kernels."""
+def start(pool: ThreadPoolExecutor, model, wrt, x, dy):
+    """`measure`, whose step is compiled in the pool: XLA tunes small products for long."""
     step, tuned, state, rest = training_step(model, wrt)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(tuned, state, rest, x, dy).compile()
-    memory = compiled.memory_analysis()
-    now = [tuned, state]
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(tuned, state, rest, x, dy)
+    return partial(measure, pool.submit(lowered.compile), tuned, state, rest, x, dy)
+
+
+def measure(future: Future, tuned, state, rest, x, dy, calls: int) -> dict:
+    """Time and memory of training steps, and their kernels."""
+    compiled = future.result()
+    memory, now = compiled.memory_analysis(), [tuned, state]
 
     def run():
         now[:] = compiled(*now, rest, x, dy)
+        return now
 
     row = {
         "ms": queued_milliseconds(run, lambda: jax.block_until_ready(now), calls=calls),
-        "trained": sum(leaf.size for leaf in jax.tree.leaves(tuned)),
+        "trained": sum(leaf.size for leaf in jax.tree.leaves(now[0])),
         "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes
         + memory.output_size_in_bytes - memory.alias_size_in_bytes,
     }  # fmt: skip
     if jax.default_backend() == "gpu":
-        row["kernels_ms"] = kernels(jax.jit(step), *now, rest, x, dy)
+        row["kernels_ms"] = kernels(run)
     return row
 
 
@@ -125,13 +133,17 @@ def main() -> None:
         for length in args.lengths:
             shape = 2, 1 if args.quick else max(1, TOKENS // length), length, features
             x, dy = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-            for (way, kind), (rules, wrt) in ways(length // 8).items():
-                key = {"features": features, "length": length, "way": way, "attention": kind}
-                if kind not in args.kinds or done.has(**key):
-                    continue
+            steps = {}
+            with ThreadPoolExecutor() as pool:  # all are compiled before any is timed
+                for (way, kind), (rules, wrt) in ways(length // 8).items():
+                    key = {"features": features, "length": length, "way": way, "attention": kind}
+                    if kind in args.kinds and not done.has(**key):
+                        model = block(features, length, rules, kind, args)
+                        steps[way, kind] = key, start(pool, model, wrt, x, dy)
+            for way, kind in list(steps):
                 begin = time.perf_counter()
-                model = block(features, length, rules, kind, args)
-                row = done.add(begin, key | measure(model, wrt, x, dy, args.calls))
+                key, step = steps.pop((way, kind))  # and with it what it trains
+                row = done.add(begin, key | step(args.calls))
                 told = f"{row['ms']:7.2f} {row['bytes'] / 2**20:7.0f} {row['trained']:10,}"
                 print(f"{features:5d} {length:6d}  {way:4s}  {kind:12s} {told} {row['took']:7.1f}",
                       flush=True)  # fmt: skip

@@ -14,6 +14,7 @@ of the portable implementation first.
 import argparse
 import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -97,37 +98,58 @@ def takes(name: str, weights) -> bool:
     return not name.startswith("fused") or pallas.tsvd.fused.Tiling.of(*weights) is not None
 
 
-def check(name: str, product, x, weights) -> float:
-    """Relative L2 error to the portable implementation's; more than rounding is an error."""
-    got, want = (
-        jax.jit(product)(x, *weights),
-        jax.jit(partial(times_tiled, implementation="xla"))(x, *weights),
-    )
-    error = jnp.linalg.norm((got - want).astype(jnp.float32)) / jnp.linalg.norm(
-        want.astype(jnp.float32)
-    )
-    if not error < 1e-2:
-        raise SystemExit(f"{name} is wrong: relative error {error}")
-    return float(error)
+def lowered(function, *makers):
+    """The function for what the makers make, ready to be compiled: nothing is made yet."""
+    return function.lower(*jax.eval_shape(lambda: [x for make in makers for x in make()]))
 
 
-def one_call(make, product, rows: int, k: int, n: int, calls: int) -> float:
-    """Milliseconds of the layer."""
-    run = repeated(product, calls)
-    return milliseconds(run, draw(0, rows, k), *make(k, n, 2), calls=calls)
+def relative_error(name: str, got, want) -> float:
+    """Relative L2 error; more than rounding is an error."""
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    found = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+    if not found < 1e-2:
+        raise SystemExit(f"{name} is wrong: relative error {found}")
+    return found
 
 
-def in_a_chain(make, product, rows: int, k: int, n: int, calls: int) -> float:
-    """Milliseconds of a layer, half of them as they are, half of them back again."""
+def check(pool, name: str, make, product, rows: int, k: int, n: int):
+    """A function that gives the error beside the portable implementation's product.
+
+    What it needs is compiled in the pool, as in the next two.
+    """
+    x, weights = lambda: [draw(0, rows, k)], lambda: make(k, n, 2)
+    compile_ = lambda function: pool.submit(lowered(jax.jit(function), x, weights).compile)
+    mine, portable = compile_(product), compile_(partial(times_tiled, implementation="xla"))
+
+    def error() -> float:
+        arguments = *x(), *weights()
+        return relative_error(name, mine.result()(*arguments), portable.result()(*arguments))
+
+    return error
+
+
+def one_call(pool, make, product, rows: int, k: int, n: int, calls: int):
+    """A function that gives the milliseconds of the layer."""
+    makers = lambda: [draw(0, rows, k)], lambda: make(k, n, 2)
+    run = pool.submit(lowered(repeated(product, calls), *makers).compile)
+    given = lambda: [x for make in makers for x in make()]
+    return lambda: milliseconds(run.result(), *given(), calls=calls)
+
+
+def in_a_chain(pool, make, product, rows: int, k: int, n: int, calls: int):
+    """The same of a layer in a chain, half of them as they are, half of them back again."""
+    shapes = [(k, n) if i % 2 == 0 else (n, k) for i in range(CHAINED)]
+    layers = lambda: [make(*shape, 2 * i + 2) for i, shape in enumerate(shapes)]
     product = jax.jit(product)  # compiled once for all layers of a shape: kernels take a while
-    layers = [make(*((k, n) if i % 2 == 0 else (n, k)), 2 * i + 2) for i in range(CHAINED)]
 
     def chain(x, *layers):
         for weights in layers:
             x = product(x, *weights)
         return x
 
-    return milliseconds(repeated(chain, calls), draw(0, rows, k), *layers, calls=calls) / CHAINED
+    start = lambda: [draw(0, rows, k)]
+    run = pool.submit(lowered(repeated(chain, calls), start, layers).compile)
+    return lambda: milliseconds(run.result(), *start(), *layers(), calls=calls) / CHAINED
 
 
 def gradients(product):
@@ -140,29 +162,28 @@ def gradients(product):
     return run
 
 
-def measure(args, layer: str, rows: int, ratio: float) -> dict:
-    """Everything about one layer, number of rows and compression."""
+def start(pool, args, layer: str, rows: int, ratio: float) -> dict:
+    """What measures everything about one layer, number of rows and compression, by name."""
     k, n = SHAPES[layer]
     time_one = in_a_chain if rows <= args.chain else one_call
     calls = max(2, min(args.calls, 2**36 // (rows * k * n)))
-    timed = lambda make, product: time_one(make, product, rows, k, n, calls)
-    row = {"layer": layer, "rows": rows, "ratio": ratio, "features": (k, n), "errors": {}}
-    row["ms"] = {"dense": timed(dense, jnp.matmul)}
+    timed = lambda make, product: time_one(pool, make, product, rows, k, n, calls)
     backward = args.backward and rows > args.chain
+    found = {"errors": {}, "ms": {"dense": timed(dense, jnp.matmul)}}
     if backward:
-        row["both_ms"] = {"dense": timed(dense, gradients(jnp.matmul))}
+        found["both_ms"] = {"dense": timed(dense, gradients(jnp.matmul))}
     for name, (make, product) in ways(args, ratio, k, n).items():
-        weights = make(k, n, 2)
-        if not takes(name, weights) or not takes(name, make(n, k, 2)):
+        shapes = (jax.eval_shape(partial(make, *shape, 2)) for shape in ((k, n), (n, k)))
+        if not all(takes(name, weights) for weights in shapes):
             continue
         if name.split()[0] in ("products", "fused"):
-            row["errors"][name] = check(name, product, draw(0, rows, k), weights)
-        row["ms"][name] = timed(make, product)
+            found["errors"][name] = check(pool, name, make, product, rows, k, n)
+        found["ms"][name] = timed(make, product)
         if backward and not name.startswith("fused"):
             kernels = partial(times_tiled, implementation="pallas")
             both = gradients(kernels if name.startswith("products") else product)
-            row["both_ms"][name] = timed(make, both)
-    return row
+            found["both_ms"][name] = timed(make, both)
+    return found
 
 
 def show(row: dict) -> None:
@@ -195,10 +216,16 @@ def main() -> None:
     if args.quick:
         args.layers, args.rows, args.tiles = QUICK, [16, 8192], [256, 512]
     done = Rows(args.name, ("layer", "rows", "ratio"), resume=args.resume)
-    for layer, rows, ratio in itertools.product(args.layers, args.rows, args.ratios):
-        if not done.has(layer=layer, rows=rows, ratio=ratio):
+    for layer, rows in itertools.product(args.layers, args.rows):
+        begin, missing = time.perf_counter(), {}
+        with ThreadPoolExecutor() as pool:  # all are compiled before any is timed
+            for ratio in args.ratios:
+                if not done.has(layer=layer, rows=rows, ratio=ratio):
+                    missing[ratio] = start(pool, args, layer, rows, ratio)
+        for ratio, parts in missing.items():
+            row = {"layer": layer, "rows": rows, "ratio": ratio, "features": SHAPES[layer]}
+            show(done.add(begin, row | jax.tree.map(lambda measured: measured(), parts)))
             begin = time.perf_counter()
-            show(done.add(begin, measure(args, layer, rows, ratio)))
 
 
 if __name__ == "__main__":

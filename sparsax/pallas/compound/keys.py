@@ -95,9 +95,18 @@ class Keys:
             # A mark's place says which token it is, and NOWHERE's is outside of every sequence.
             marks = jnp.where(self._real(marks & (STRIDE - 1)), marks, NOWHERE)
         read = rule_of(self.pattern).of_keys(jnp.asarray(marks))
-        queries = _joined([tokens, tail, *([self.row_slots] if x.rows else [])])
-        every = lambda y: jnp.broadcast_to(y[:, None], (x.B, 1, *y.shape[1:]))
-        return every(jnp.asarray(queries)[:, None]), every(read)
+        behind = []
+        if x.rows:  # only causality asks where a global row stands
+            unasked = np.zeros((x.samples, x.rows), np.int32)
+            behind = [self.row_slots if self.pattern.causal else unasked]
+        queries = _joined([tokens, tail, *behind])
+
+        def every(y):
+            if isinstance(y, np.ndarray):  # in full, or broadcasting it costs a kernel
+                return jnp.asarray(np.repeat(y, x.B // len(y), 0))
+            return jnp.broadcast_to(y, (x.B, *y.shape[1:]))
+
+        return every(queries[:, None, None]), every(read[:, None])
 
     def _real(self, place):
         """Whether places `[samples, ...]` are within the sequence and no padding."""

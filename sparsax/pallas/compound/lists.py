@@ -15,6 +15,18 @@ from sparsax.pallas.block_sparse.tiles import ROWS, TileLists
 from sparsax.pallas.compound.keys import Keys, joined, mark_invalid
 
 
+class _Lists(NamedTuple):
+    """Lists in the making, of all samples and pattern heads; NumPy's where they are constants.
+
+    XLA computes what is not: each array of a program costs a kernel or more, small as it is.
+    """
+
+    full: Any  # `[1 or samples, 1 or P, 1 or R]`, as `count`
+    count: Any
+    cols: Any  # `[1 or P, R, entries]`, as `bits`
+    bits: Any = None
+
+
 class _Cover(NamedTuple):
     """What bands and blocks hold of row tiles and column blocks, `[1 or P, R, C]`."""
 
@@ -35,32 +47,33 @@ def query_lists(keys: Keys) -> TileLists:
         first = np.arange(packed) * x.block_kv
         last_row = np.arange(rows)[:, None] * ROWS + ROWS - 1
         seen = jnp.minimum(seen, (keys.slots[:, None, first] <= last_row).sum(-1))
-    full = lists.full[None]  # samples, P, R
+    full = lists.full
     if (special := _special(keys)) is not None:
         clean = ~_some(special, x.block_kv).at[:, lists.cols].get(mode="fill", fill_value=False)
         full = jnp.minimum(full, jnp.cumprod(clean, -1).sum(-1))
-    count = lists.count[None] + seen[:, None]
+    count = lists.count + seen[:, None]
     if pattern.token_mask is not None:
         count = jnp.where(_some(pattern.token_mask, ROWS)[:, None], count, 0)
-    found = full, count, lists.cols, lists.bits
-    return _per_sample(keys, *(_below(keys, found, *_global_rows(keys)) if x.rows else found))
+    found = _Lists(full, count, lists.cols, lists.bits)
+    return _per_sample(keys, _below(keys, found, _global_rows(keys)) if x.rows else found)
 
 
-def _global_rows(keys: Keys):
+def _global_rows(keys: Keys) -> _Lists:
     """The lists of row tiles of global rows: all blocks of the keys that they see."""
     x, pattern = keys.problem, keys.pattern
     blocks = -(-x.S // x.block_kv)
-    whole, count = np.arange(1, blocks + 1) * x.block_kv <= x.S, jnp.full((1, 1), blocks)
+    whole, count = np.arange(1, blocks + 1) * x.block_kv <= x.S, np.full((1, 1), blocks)
     if pattern.token_mask is not None:
         whole = whole & ~_some(~pattern.token_mask, x.block_kv)
         some = _some(pattern.token_mask, x.block_kv)
         count = jnp.where(some, np.arange(blocks) + 1, 0).max(-1, keepdims=True)
-    whole = jnp.atleast_2d(jnp.asarray(whole & (not pattern.causal)))
-    full = jnp.minimum(jnp.cumprod(whole, -1).sum(-1, keepdims=True), count)
+    xp = _xp(whole)
+    whole = xp.atleast_2d(whole & (not pattern.causal))
+    full = xp.minimum(xp.cumprod(whole, -1).sum(-1, keepdims=True), count)
     first = np.arange(0, x.rows, ROWS)
     count = jnp.where(first < pattern.num_rows[:, None], count, 0)
     cols = x.rows_see_from // x.block_kv + np.arange(blocks)
-    return full, count, np.broadcast_to(cols, (len(first), blocks))
+    return _Lists(full[:, None], count[:, None], np.broadcast_to(cols, (1, len(first), blocks)))
 
 
 def key_lists(keys: Keys) -> TileLists:
@@ -69,44 +82,43 @@ def key_lists(keys: Keys) -> TileLists:
     asked = 0 if x.own else x.rows // x.block_q
     cover = _cover(x, pattern, keys_in_rows=True)
     lists = _ordered(cover, asked, x.rows_from // x.block_q)
-    full, count = lists.full[None], lists.count[None]  # samples, P, R
+    full, count = lists.full, lists.count
     if (special := _special(keys)) is not None:
         full = jnp.where(_some(special, ROWS)[:, None], 0, full)
     if asked:
         count = count + _blocks_of_rows(keys)[:, None]
     if pattern.token_mask is not None:
         count = jnp.where(_some(pattern.token_mask, ROWS)[:, None], count, 0)
-    found = full, count, lists.cols, lists.bits
+    found = _Lists(full, count, lists.cols, lists.bits)
     if x.packed:
-        found = _below(keys, found, *_packed_keys(keys))
+        found = _below(keys, found, _packed_keys(keys))
     if x.own:
-        found = _below(keys, found, *_own_keys(keys))
-    return _per_sample(keys, *found)
+        found = _below(keys, found, _own_keys(keys))
+    return _per_sample(keys, found)
 
 
-def _packed_keys(keys: Keys):
+def _packed_keys(keys: Keys) -> _Lists:
     """The lists of row tiles of packed keys, which all queries see."""
     x = keys.problem
     blocks, first = -(-x.T // x.block_q), np.arange(0, x.packed, ROWS)
-    seen = jnp.full((x.samples, len(first)), blocks)
-    if keys.pattern.causal:
-        seen = blocks - keys.slots[:, first] // x.block_q
-    seen = jnp.where(first < keys.pattern.num_columns[:, None], seen, 0)
+    seen = blocks - keys.slots[:, first] // x.block_q if keys.pattern.causal else blocks
+    seen = jnp.where(first < keys.pattern.num_columns[:, None], seen, 0)[:, None]
     # From the last block down, so that causality cuts the end of a list off.
-    return 0, seen, np.broadcast_to(np.arange(blocks)[::-1], (len(first), blocks))
+    cols = np.broadcast_to(np.arange(blocks)[::-1], (1, len(first), blocks))
+    return _Lists(np.zeros((1, 1, 1), int), seen, cols)
 
 
-def _own_keys(keys: Keys):
+def _own_keys(keys: Keys) -> _Lists:
     """The lists of row tiles of the keys that global rows alone see."""
     x, pattern = keys.problem, keys.pattern
     tiles, blocks = -(-x.S // ROWS), x.rows // x.block_q
     count = jnp.broadcast_to(_blocks_of_rows(keys), (x.samples, tiles))
-    full = 0 * count if pattern.causal else count
+    full = np.zeros(count.shape, int) if pattern.causal else count
     if pattern.token_mask is not None:
         full = jnp.where(_some(~pattern.token_mask, ROWS), 0, full)
         count = jnp.where(_some(pattern.token_mask, ROWS), count, 0)
     cols = x.rows_from // x.block_q + np.arange(blocks)
-    return full, count, np.broadcast_to(cols, (tiles, blocks))
+    return _Lists(full[:, None], count[:, None], np.broadcast_to(cols, (1, tiles, blocks)))
 
 
 def _blocks_of_rows(keys: Keys):
@@ -114,29 +126,45 @@ def _blocks_of_rows(keys: Keys):
     return -(-jnp.maximum(keys.pattern.num_rows, 0)[:, None] // keys.problem.block_q)
 
 
-def _below(keys: Keys, upper, full, count, cols):
-    """Lists `(full, count, cols, bits)` with other row tiles behind theirs, of all heads alike."""
-    x, (upper_full, upper_count, upper_cols, bits) = keys.problem, upper
-    (heads, rows, width), (more, wider) = upper_cols.shape, cols.shape
-    grow = lambda y: jnp.pad(y, ((0, 0), (0, more), (0, max(0, wider - width))))
-    of_heads = lambda z: (
-        jnp.broadcast_to(z, (len(z), more))[:, None] if jnp.ndim(z) else z  # of all heads, tiles
+def _below(keys: Keys, upper: _Lists, lower: _Lists) -> _Lists:
+    """Lists with other row tiles behind theirs, of all heads alike."""
+    (heads, rows, width), (_, more, wider) = upper.cols.shape, lower.cols.shape
+    total = max(width, wider)
+
+    def grown(y, before: int, after: int):  # rows of nothing to either side, entries of nothing
+        places = (0, 0), (before, after), (0, total - y.shape[-1])
+        return _xp(y).pad(y, places)
+
+    def join(y, z):
+        shape = max(len(y), len(z)), heads
+        of_rows = lambda a, size: _broadcast(a, (*shape, size))
+        return joined([(of_rows(y, rows), rows), (of_rows(z, more), more)])
+
+    return _Lists(
+        join(upper.full, lower.full),
+        join(upper.count, lower.count),
+        grown(upper.cols, 0, more) + grown(lower.cols, rows, 0),
+        None if upper.bits is None else grown(upper.bits, 0, more),
     )
-    join = lambda y, z: jnp.broadcast_to(
-        joined([(y, rows), (of_heads(z), more)]), (x.samples, heads, rows + more)
-    )
-    found = join(upper_full, full), join(upper_count, count)
-    bits = None if bits is None else grow(bits)
-    return *found, grow(upper_cols).at[:, rows:, :wider].set(cols), bits
 
 
-def _per_sample(keys: Keys, full, count, cols, bits) -> TileLists:
+def _per_sample(keys: Keys, lists: _Lists) -> TileLists:
     x = keys.problem
-    count = mark_invalid(keys.pattern, count)
-    flat = lambda y: jnp.broadcast_to(y, (x.samples, x.P, y.shape[-1])).reshape(x.owners, -1)
+    rows = lists.cols.shape[1]
+    flat = lambda y: _broadcast(y, (x.samples, x.P, rows)).reshape(x.owners, rows)
     int32 = lambda y: jnp.asarray(y, jnp.int32)
-    bits = None if bits is None else int32(bits)
-    return TileLists(int32(flat(full)), int32(flat(count)), int32(cols), bits)
+    count = mark_invalid(keys.pattern, lists.count)
+    bits = None if lists.bits is None else int32(lists.bits)
+    return TileLists(int32(flat(lists.full)), int32(flat(count)), int32(lists.cols), bits)
+
+
+def _xp(*arrays):
+    """NumPy for constants, as long as no array is data."""
+    return np if all(isinstance(x, np.ndarray) for x in arrays) else jnp
+
+
+def _broadcast(y, shape):
+    return _xp(y).broadcast_to(y, shape)
 
 
 def _special(keys: Keys):
@@ -156,9 +184,9 @@ def _some(chosen, size: int):
     return chosen.reshape(len(chosen), -1, size).any(-1)
 
 
-def _ordered(cover: _Cover, packed: int = 0, packed_from: int = 0) -> TileLists:
+def _ordered(cover: _Cover, packed: int = 0, packed_from: int = 0) -> _Lists:
     """Whole blocks first, then others, then all packed ones, which the counts leave out."""
-    xp = np if isinstance(cover.present, np.ndarray) else jnp
+    xp = _xp(cover.present)
     heads, rows, blocks = cover.present.shape
     rank = xp.where(cover.whole, 0, xp.where(cover.present, 1, 3))
     rank = xp.concatenate([rank, xp.full((heads, rows, packed), 2)], -1)
@@ -168,10 +196,7 @@ def _ordered(cover: _Cover, packed: int = 0, packed_from: int = 0) -> TileLists:
     if bits is not None:
         bits = jnp.take_along_axis(jnp.pad(bits, ((0, 0), (0, 0), (0, packed))), order, -1)
     cols = xp.where(order < blocks, order, order - blocks + packed_from)
-    full, count, cols = (
-        jnp.asarray(y, jnp.int32) for y in ((rank == 0).sum(-1), (rank < 2).sum(-1), cols)
-    )
-    return TileLists(full, count, cols, bits)
+    return _Lists((rank == 0).sum(-1)[None], (rank < 2).sum(-1)[None], cols, bits)
 
 
 def _cover(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> _Cover:
