@@ -52,7 +52,7 @@ class Case:
     H: int = 32
     keep: int = 9
     causal: bool = True
-    padding: str | None = None
+    padding: str | None = None  # "some" samples are cut, "every" one, or one to nothing: "all"
     scale: float | None = None
     dtype: str = "float32"
 
@@ -76,7 +76,8 @@ class Case:
         quantizer = ProductQuantizer(books, jnp.ones(books.shape[:3]))
         key_mask = None
         if self.padding is not None:
-            real = np.linspace(self.T, 0 if self.padding == "all" else self.T // 3, self.B)
+            most = self.T // 2 if self.padding == "every" else self.T
+            real = np.linspace(most, 0 if self.padding == "all" else self.T // 3, self.B)
             key_mask = jnp.asarray(np.arange(self.T) < real.astype(int)[:, None])
         encode = jax.jit(ProductQuantizer.codes, static_argnames="score")
         return q, k, v, do, encode(quantizer, q, k, score=self.score), key_mask

@@ -15,7 +15,7 @@ from tests.top_l_cases import CASES, Case
 
 # Interpreting a case takes seconds; these few meet every feature between them.
 INTERPRETED = (
-    Case(name="gqa_padding", T=72, N=2, K=1, padding="some", dtype="bfloat16"),
+    Case(name="gqa_padding", B=1, T=72, N=2, K=1, padding="every", dtype="bfloat16"),
     Case(name="two_tiles", B=1, T=150, N=1, K=1, H=64, keep=20, dtype="float16"),
     Case(name="bidirectional", B=1, T=72, N=1, K=1, H=96, causal=False, dtype="bfloat16"),
     Case(name="one_key", B=1, T=40, N=1, K=1, H=128, keep=1, dtype="bfloat16"),

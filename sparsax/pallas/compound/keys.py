@@ -102,11 +102,12 @@ class Keys:
         queries = _joined([tokens, tail, *behind])
 
         def every(y):
+            y = y.reshape(len(y), 1, -1, y.shape[-1])  # of all heads
             if isinstance(y, np.ndarray):  # in full, or broadcasting it costs a kernel
                 return jnp.asarray(np.repeat(y, x.B // len(y), 0))
             return jnp.broadcast_to(y, (x.B, *y.shape[1:]))
 
-        return every(queries[:, None, None]), every(read[:, None])
+        return every(queries), every(read)
 
     def _real(self, place):
         """Whether places `[samples, ...]` are within the sequence and no padding."""
