@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from sparsax.pallas.block_sparse.problem import whole_tiles
+from sparsax.pallas.block_sparse.schedule import units
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.compound.keys import Keys, problem_of
-from sparsax.pallas.compound.lists import key_lists, query_lists
+from sparsax.pallas.compound.lists import key_lists, least_work, query_lists
 from tests.pallas.compound_cases import CASES
 
 
@@ -91,3 +92,18 @@ def test_every_pair_is_computed_once(c, keys_in_rows):
     want = np.asarray(pattern.to_mask())
     want = np.repeat(want, c.N // want.shape[1], 1)
     np.testing.assert_array_equal(total, np.broadcast_to(want, total.shape).astype(int))
+
+
+@pytest.mark.parametrize("keys_in_rows", [False, True])
+@pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
+def test_lists_hold_the_least_work_and_that_of_bands_is_some(c, keys_in_rows):
+    q, k, *_ = c.inputs()
+    pattern = c.pattern()
+    keys = Keys(problem_of(q, k, pattern, 1.0, c.own), pattern)
+    block = keys.problem.block_q if keys_in_rows else keys.problem.block_kv
+    lists = (key_lists if keys_in_rows else query_lists)(keys)
+    listed = units(np.maximum(np.asarray(lists.count), 0), block).sum(-1)
+    least = least_work(keys, keys_in_rows)
+    assert (least > 0) == (bool(pattern.bands) and pattern.token_mask is None)
+    valid = np.broadcast_to(pattern.valid(), (keys.problem.samples, keys.problem.P)).ravel()
+    assert (valid * least <= listed).all()

@@ -4,6 +4,7 @@ Bands are static, so without blocks the lists are constants, and only how many o
 sample uses is computed: packed columns stand last. Blocks are data, and then so are the lists.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 
 from sparsax.compound import CompoundPattern
 from sparsax.pallas.block_sparse.problem import Problem
+from sparsax.pallas.block_sparse.schedule import units
 from sparsax.pallas.block_sparse.tiles import ROWS, TileLists
 from sparsax.pallas.compound.keys import Keys, joined, mark_invalid
 
@@ -33,6 +35,16 @@ class _Cover(NamedTuple):
     present: Any  # some pair
     whole: Any  # all pairs
     bits: Any  # listed row blocks; None without blocks
+
+
+def least_work(keys: Keys, keys_in_rows: bool) -> int:
+    """Units of work in a head's lists of bands: what data cannot make less."""
+    x = keys.problem
+    if keys.pattern.token_mask is not None or not keys.pattern.bands:
+        return 0
+    bands = dataclasses.replace(keys.pattern, blocks=None)
+    present = _cover(x, bands, keys_in_rows).present[0]
+    return int(units(present.sum(-1), x.block_q if keys_in_rows else x.block_kv).sum())
 
 
 def query_lists(keys: Keys) -> TileLists:
