@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsax import checks, pallas, reference, xla
 from sparsax.compound import CompoundPattern
 from sparsax.layouts import BlockPattern
+from sparsax.quantise import Codes
 from sparsax.typing import Implementation, Key, LogSumExp, Pruned, Query, Value, Window, is_concrete
 
 SegmentIds = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
@@ -203,18 +204,21 @@ def score_map(
     )
 
 
-def default_implementation(q: Query, pattern: BlockPattern | CompoundPattern) -> Implementation:
+def default_implementation(
+    q: Query, pattern: BlockPattern | CompoundPattern | Codes
+) -> Implementation:
     """The implementation that `implementation=None` runs for these queries and this pattern.
 
-    "pallas" on a Hopper GPU for the dtypes, head features, blocks and parts that its kernels cover,
-    else "xla". It follows from shapes and from the machine alone, never from values.
+    "pallas" on a Hopper GPU for the dtypes, head features, blocks, parts and codes that its kernels
+    cover, else "xla". It follows from shapes and from the machine alone, never from values.
 
     Args:
         q: queries `[B, T, N, H]`.
-        pattern: of `block_sparse_attention`, or of `compound_attention`.
+        pattern: of `block_sparse_attention`, or of `compound_attention`; or the codes of
+            `top_l_attention`.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these.
 
     Example:
         >>> import jax.numpy as jnp
@@ -225,12 +229,14 @@ def default_implementation(q: Query, pattern: BlockPattern | CompoundPattern) ->
     """
     if isinstance(pattern, CompoundPattern):
         refused = pallas.compound.refusal(q, pattern)
+    elif isinstance(pattern, Codes):
+        refused = pallas.top_l.refusal(q, pattern)
     elif isinstance(pattern, BlockPattern):
         refused = pallas.refusal(q, pattern.block_q, pattern.block_kv)
     else:
         raise ValueError(
-            "pattern must be a sparsax.BlockPattern or a sparsax.CompoundPattern; "
-            f"got {type(pattern).__name__}."
+            "pattern must be a sparsax.BlockPattern, a sparsax.CompoundPattern, or codes of "
+            f"ProductQuantizer.codes; got {type(pattern).__name__}."
         )
     return "pallas" if refused is None else "xla"
 

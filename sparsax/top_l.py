@@ -1,11 +1,13 @@
 """Attention over the best keys of every query: arguments, which implementation runs, gradient."""
 
-from functools import partial
+import dataclasses
+import functools
+import typing
 
 import jax
 from jaxtyping import Array, Bool
 
-from sparsax import checks, reference, xla
+from sparsax import checks, pallas, reference, xla
 from sparsax.patterns import topl
 from sparsax.quantise import Codes
 from sparsax.typing import Implementation, Key, Query, Value
@@ -28,7 +30,8 @@ def top_l_attention(
     The choice is exact: the L best by integer scores, the most recent of equals, the own key
     always, all keys where a query sees fewer than L. It is stored as two integers a query and found
     again from the codes, so memory is linear in the length. Scores of all pairs are computed: this
-    saves memory, not time (`select="blocks"` of `sparsax.nn.TopLAttention` saves time).
+    saves memory, not time (`select="blocks"` of `sparsax.nn.TopLAttention` saves time). The kernels
+    hold none of them in memory, neither for the choice nor for attention.
     Differentiable in reverse mode (the choice itself has no gradient), works under jit, vmap, scan,
     `jax.checkpoint` and shard_map (batch and heads), and is deterministic.
 
@@ -41,8 +44,10 @@ def top_l_attention(
         causal: whether a query sees keys of its own index and below only.
         key_mask: False for keys that are padding.
         scale: factor of the logits; `1 / sqrt(H)` when None.
-        implementation: "reference" (dense, float32), "xla" (any device), or None for "xla". A
-            name runs or raises: nothing falls back.
+        implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs;
+            bfloat16 or float16, head features 32, 64, 96 or 128, codes of score="match", at most 16
+            of a token and head), or None for what `default_implementation(q, codes)` names. A name
+            runs or raises: nothing falls back.
 
     Returns:
         `o [B, T, N, H]` in q's dtype. A query that keeps no key has o = 0 and zero gradients.
@@ -70,9 +75,10 @@ def top_l_attention(
             f"codes must be those of these q and k, {q.shape[:3]} and {k.shape[:3]}; got codes of "
             f"{got[0]} and {got[1]}. Call quantizer.codes(q, k)."
         )
-    chosen = checks.implementation(implementation, "xla")
+    refused = pallas.top_l.refusal(q, codes)
+    chosen = checks.implementation(implementation, "xla" if refused else "pallas")
     if chosen == "pallas":
-        checks.kernel_runs("has no kernel of top-L attention")
+        checks.kernel_runs(refused)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if chosen == "reference":
         o = reference.top_l_attention(
@@ -80,25 +86,54 @@ def top_l_attention(
             scale=scale,
         )  # fmt: skip
         return o.astype(q.dtype)
-    kept = topl.tokens(codes, keep=keep, causal=causal, key_mask=key_mask)
-    q, k, v = xla.vary_alike((q, k, v), *jax.tree.leaves(kept))
-    call = ("num_codes", codes.num_codes), ("scale", scale), ("causal", causal)
-    return _attend(call, q, k, v, codes.queries, codes.keys, kept.tau, kept.first, key_mask)
+    interpret = None
+    if chosen == "pallas":
+        interpret = pallas.interpret()
+        tau, first = pallas.top_l.select(
+            codes, key_mask, keep=keep, causal=causal, interpret=interpret
+        )
+    else:
+        kept = topl.tokens(codes, keep=keep, causal=causal, key_mask=key_mask)
+        tau, first = kept.tau, kept.first
+    choice = codes.queries, codes.keys, tau, first, key_mask
+    q, k, v = xla.vary_alike((q, k, v), *jax.tree.leaves(choice))
+    return _attend(_Call(chosen, codes.num_codes, scale, causal, interpret), q, k, v, *choice)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call, q, k, v, queries, keys, tau, first, key_mask):
-    return _forward(call, q, k, v, queries, keys, tau, first, key_mask)[0]
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static part of a call, hashable for `custom_vjp`."""
+
+    implementation: Implementation
+    num_codes: int
+    scale: float
+    causal: bool
+    interpret: typing.Any  # of the kernels; None on hardware
+
+    @property
+    def functions(self):
+        """Forward and backward, as functions of arrays."""
+        static = {"num_codes": self.num_codes, "scale": self.scale, "causal": self.causal}
+        functions = xla.top_l_forward, xla.top_l_backward
+        if self.implementation == "pallas":
+            functions = pallas.top_l.forward, pallas.top_l.backward
+            static["interpret"] = self.interpret
+        return tuple(functools.partial(f, **static) for f in functions)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: _Call, q, k, v, *choice):
+    return _forward(call, q, k, v, *choice)[0]
 
 
 def _forward(call, q, k, v, *choice):
-    o, lse = xla.top_l_forward(q, k, v, *choice, **dict(call))
+    o, lse = call.functions[0](q, k, v, *choice)
     return o, (q, k, v, o, lse, choice)
 
 
 def _backward(call, residuals, do):
     q, k, v, o, lse, choice = residuals
-    gradients = xla.top_l_backward(q, k, v, o, lse, do, *choice, **dict(call))
+    gradients = call.functions[1](q, k, v, o, lse, do, *choice)
     return *gradients, *(None for _ in choice)
 
 

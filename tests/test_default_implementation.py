@@ -1,4 +1,5 @@
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,15 @@ from sparsax import (
     default_implementation,
     pallas,
     patterns,
+    top_l_attention,
 )
 from sparsax.patterns import compound
+from sparsax.quantise import Codes
 
 T = 128
 LONGFORMER = compound.longformer(T, window=8, positions=np.array([[3, 70]]))
 ELEMENTS = CompoundPattern.from_parts(T, elements=compound.random_elements(T, keys_per_query=2))
+WORDS, TABLES = jnp.zeros((1, T, 2, 1), jnp.uint32), jnp.zeros((1, T, 2, 8, 16), jnp.uint8)
 # What each of them is on a Hopper GPU; elsewhere all are "xla".
 CASES = {
     "blocks": (patterns.causal(T, block=64), {}, "pallas"),
@@ -31,6 +35,14 @@ CASES = {
     "bigbird_of_16": (compound.bigbird(T, block=16), {}, "xla"),
     "elements": (ELEMENTS, {}, "xla"),
     "dilated": (CompoundPattern.from_parts(T, bands=[Band(4, 4, 2)]), {}, "xla"),
+    "match": (Codes(WORDS, WORDS, num_codes=8), {}, "pallas"),
+    "match_float32": (Codes(WORDS, WORDS, num_codes=8), {"dtype": "float32"}, "xla"),
+    "match_256_features": (Codes(WORDS, WORDS, num_codes=8), {"features": 256}, "xla"),
+    "adc": (Codes(TABLES, WORDS, num_codes=8), {}, "xla"),
+}
+ATTENTION = {
+    CompoundPattern: compound_attention,
+    Codes: functools.partial(top_l_attention, keep=9, causal=True),
 }
 
 
@@ -40,8 +52,7 @@ def test_it_names_what_none_runs(name, hopper):
     pattern, options, on_hopper = CASES[name]
     options = {"dtype": "bfloat16", "features": 64} | options
     q = jnp.zeros((1, T, 2, options["features"]), options["dtype"])
-    is_compound = isinstance(pattern, CompoundPattern)
-    attend = compound_attention if is_compound else block_sparse_attention
+    attend = ATTENTION.get(type(pattern), block_sparse_attention)
     with pallas.lowering() if hopper else contextlib.nullcontext():
         assert default_implementation(q, pattern) == (on_hopper if hopper else "xla")
         run = lambda q, pattern, name: attend(q, q, q, pattern, implementation=name)
@@ -63,5 +74,7 @@ def test_it_follows_from_shapes_under_jit():
 
 @pytest.mark.usefixtures("unchecked")
 def test_it_refuses_what_is_no_pattern():
-    with pytest.raises(ValueError, match=r"BlockPattern or a sparsax.CompoundPattern; got ndarray"):
+    with pytest.raises(
+        ValueError, match=r"BlockPattern, a sparsax.CompoundPattern, or codes.*got ndarray"
+    ):
         default_implementation(jnp.zeros((1, T, 2, 64)), np.ones((T, T)))

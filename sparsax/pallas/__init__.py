@@ -1,6 +1,7 @@
 """Kernels for NVIDIA Hopper GPUs (Pallas, Mosaic GPU). Arrays and static ints in."""
 
 from sparsax.pallas import compound as compound
+from sparsax.pallas import top_l as top_l
 from sparsax.pallas.block_sparse.attention import backward as backward
 from sparsax.pallas.block_sparse.attention import forward as forward
 from sparsax.pallas.grouped_matmul import gmm as gmm

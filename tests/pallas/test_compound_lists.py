@@ -32,7 +32,7 @@ def admitted(c, keys_in_rows):
     bounds = x.kv_bounds if keys_in_rows else x.q_bounds
     block_row, block_col = (x.block_kv, x.block_q) if keys_in_rows else (x.block_q, x.block_kv)
     pad = lambda y, fill: np.pad(y, ((0, 0), (0, 0), (0, 256)), constant_values=fill)
-    along = pad(of_queries[:, None], -2), pad(of_keys, -3)
+    along = pad(of_queries[:, 0], -2), pad(of_keys[:, 0], -3)
     along_row, along_col = reversed(along) if keys_in_rows else along
     # By position, with room for what tiles have past the ends.
     found = np.zeros((x.B, x.N, x.q_rows + 512, x.kv_rows + 512), int)

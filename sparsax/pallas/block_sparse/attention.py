@@ -186,8 +186,8 @@ def _operands(lists, table, ids):
         if of_keys.ndim == 2:
             # Lengths that a copy of whole tiles can read, and a row tile of keys that stand for
             # absent ones, as a rule's have them already; no padded id equals another one.
-            of_queries = _padded(of_queries, -2, 0)
-            of_keys = _padded(of_keys[:, None], -3, ROWS)
+            of_queries = _padded(of_queries, -2, 0)[:, None, None]
+            of_keys = _padded(of_keys, -3, ROWS)[:, None, None]
         operands += [of_queries, of_keys]
     return operands
 

@@ -59,6 +59,15 @@ PLACED = MASKED | {
     64: Config(Tiling(128, 3, row_slots=2), Tiling(64, 6, row_slots=2), Tiling(64, 6, row_slots=2)),
 }
 
+# Where codes say which pairs attend, as in top-L attention: the largest tiles whose masks leave
+# registers enough, as the assembler tells it. Not timed.
+CODED = {
+    32: Config(Tiling(128, 4), Tiling(64, 6), Tiling(128, 4)),
+    64: Config(Tiling(128, 3), Tiling(64, 6, row_slots=2), Tiling(64, 6, row_slots=2)),
+    96: Config(Tiling(128, 3), Tiling(64, 4), Tiling(64, 4)),
+    128: Config(Tiling(64, 4, row_slots=2), Tiling(64, 3), Tiling(64, 2)),
+}
+
 
 def best_config(problem: Problem, masked: bool) -> Config:
     """The configuration for a problem."""

@@ -149,9 +149,10 @@ def dkv_kernel(
                         for ref, smem in ((lse, lse_smem), (delta, delta_smem)):
                             whole = Segments((ref,), (0,))
                             bring(whole, lambda ref, rows: ref.at[b, head, rows], smem)
-                        if x.ids:
+                        for i in range(x.query_ids):
                             whole = Segments((lists.q_ids,), (0,))
-                            bring(whole, lambda ref, rows: ref.at[b, rows], ids_smem)
+                            part_of = lambda ref, rows, i=i: ref.at[b, x.of_head(head), i, rows]
+                            bring(whole, part_of, ids_smem.at[:, i])
                         return step + 1
 
                     return lax.fori_loop(walk.first, walk.last, fill, step)
@@ -179,7 +180,9 @@ def dkv_kernel(
                 first_row = jnp.maximum(item.row, 0) * ROWS + row_in_tile
                 rows = pl.ds(first_row, WG_ROWS)
                 load = functools.partial(plgpu.load, layout=ROW, optimized=False)
-                row_ids = tuple(load(lists.kv_ids.at[b, i, rows]) for i in range(x.key_ids))
+                row_ids = tuple(
+                    load(lists.kv_ids.at[b, x.of_head(kv_head), i, rows]) for i in range(x.key_ids)
+                )
 
                 def visit_head(walk: _HeadWalk, carry):
                     index = walk.pattern_head, jnp.maximum(item.row, 0)
@@ -207,7 +210,8 @@ def dkv_kernel(
                             weights = jnp.exp2(s * gain - per_col(of_cols(lse_smem), s.shape))
                             if found is None:
                                 return weights
-                            ids = (row_ids, (of_cols(ids_smem),)) if x.ids else None
+                            col_ids = (of_cols(ids_smem.at[:, i]) for i in range(x.query_ids))
+                            ids = (row_ids, tuple(col_ids)) if x.ids else None
                             pieces, is_global = found
                             if x.rows and columns.gather > 1:  # some pieces of a tile may be
                                 is_global = x.rows_from
@@ -291,7 +295,7 @@ def dkv_kernel(
         jax.ShapeDtypeStruct((x.B, -(-length // 8) * 8, x.K, high - low), x.dtype)
         for length in x.kv_lengths
     ]
-    vector = lambda dtype: plgpu.SMEM((stages, tile), dtype)
+    vectors = plgpu.SMEM((stages, tile), jnp.float32)
     return launch(
         kernel,
         "block_sparse_dkv",
@@ -303,10 +307,10 @@ def dkv_kernel(
         q_smem=shared((stages, tile, x.H), x.dtype),
         do_smem=shared((stages, tile, x.H), x.dtype),
         out_smem=shared((1 if features else 2, COMPUTE, WG_ROWS, high - low), x.dtype),
-        lse_smem=vector(jnp.float32),
-        delta_smem=vector(jnp.float32),
-        ids_smem=vector(jnp.int32) if x.ids else None,
+        lse_smem=vectors,
+        delta_smem=vectors,
+        ids_smem=plgpu.SMEM((stages, x.query_ids, tile), jnp.int32) if x.ids else None,
         kv_bars=Ring.barriers(row_slots, 2 * COMPUTE),
         turn_bars=Turns.barrier(turns),
-        bars=Ring.barriers(stages, columns.gather * (5 if x.ids else 4)),
+        bars=Ring.barriers(stages, columns.gather * (4 + x.query_ids)),
     )

@@ -1,9 +1,8 @@
 """Which pairs attend by the places of query and key in the sequence, where places are data.
 
-A kernel with a `Rule` reads, in place of ids, the place of every query, and of every key what
-`Rule.of_keys` makes of its mark: its place and what it is. Keys may stand twice, as themselves and
-packed behind the sequence together with other keys that all queries see; every pair then belongs to
-one of the two.
+A kernel with `Places` reads the place of every query, and of every key what `Places.of_keys` makes
+of its mark: its place and what it is. Keys may stand twice, as themselves and packed behind the
+sequence together with other keys that all queries see; every pair then belongs to one of the two.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ NOWHERE = TAKEN + STRIDE - 1  # the mark of a key that no query sees
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Places:
     """The pairs that attend: those of the bands, of listed blocks, and with packed keys.
 
     Attributes:
@@ -37,6 +36,30 @@ class Rule:
     packed: bool
     blocks: bool
     keys_in_rows: bool = False
+
+    @property
+    def query_ids(self) -> int:
+        """A query's place."""
+        return 1
+
+    @property
+    def key_ids(self) -> int:
+        """Two that make a range, or a mark."""
+        return 2 if self.one_range else 1
+
+    @property
+    def per_head(self) -> bool:
+        """All heads see the same places."""
+        return False
+
+    @property
+    def says_all(self) -> bool:
+        """Whether nothing else need be asked."""
+        return self.one_range
+
+    def turned(self) -> "Places":
+        """The rule for tiles whose rows are keys."""
+        return dataclasses.replace(self, keys_in_rows=True)
 
     def keep(self, rows, cols, listed, shape: tuple[int, ...]):
         """Boolean matrix of the pairs that attend, from the vectors of its rows and columns.

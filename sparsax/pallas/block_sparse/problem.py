@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
-from sparsax.pallas.block_sparse.places import Rule
+from sparsax.pallas.block_sparse.rules import PairRule
 from sparsax.pallas.block_sparse.tiles import ROWS, Bounds
 
 
@@ -32,7 +32,7 @@ class Problem:
     left: int | None
     right: int | None
     ids: bool
-    rule: Rule | None = None  # what the ids are, if not ids
+    rule: PairRule | None = None  # what the ids are, if not ids
     samples: int = 1  # B where every sample has counts of its own
     packed: int = 0  # keys packed behind the sequence, whole row tiles
     rows: int = 0  # global rows, packed behind the queries, whole row tiles
@@ -92,7 +92,16 @@ class Problem:
     @property
     def key_ids(self) -> int:
         """How many ids a key has: 0, or as many as the rule reads."""
-        return 0 if not self.ids else 2 if self.rule is not None and self.rule.one_range else 1
+        return 0 if not self.ids else 1 if self.rule is None else self.rule.key_ids
+
+    @property
+    def query_ids(self) -> int:
+        """How many ids a query has."""
+        return 0 if not self.ids else 1 if self.rule is None else self.rule.query_ids
+
+    def of_head(self, head):
+        """Where the ids of a head stand: all may share them."""
+        return head if self.rule is not None and self.rule.per_head else 0
 
     @property
     def owners(self) -> int:
@@ -110,7 +119,7 @@ class Problem:
     @property
     def kv_bounds(self) -> Bounds:
         """Rows are keys, columns queries, whose tail has probability 0 and so needs no mask."""
-        rule = self.rule and dataclasses.replace(self.rule, keys_in_rows=True)
+        rule = self.rule and self.rule.turned()
         return Bounds(
             self.kv_rows, self.q_rows, self.right, self.left, mask_tail=False, ids=self.ids,
             rule=rule,
@@ -148,7 +157,7 @@ class Columns:
     def ids_say_all(self) -> bool:
         """Whether what the ids say of a pair is all there is to ask, absent pieces among it."""
         rule = self.bounds.rule
-        if rule is None or not rule.one_range:
+        if rule is None or not rule.says_all:
             return False
         return not rule.keys_in_rows or self.gather == 1
 

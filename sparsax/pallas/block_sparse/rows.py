@@ -4,7 +4,6 @@ The forward pass and dQ both hold a row tile of queries and walk the key blocks 
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -150,7 +149,7 @@ class QueryTiles:
                     for i in range(x.key_ids):
                         stream.copy(
                             columns, places, Segments((lists.kv_ids,), (0,)),
-                            lambda ref, cols, i=i: ref.at[b, i, cols],
+                            lambda ref, cols, i=i: ref.at[b, x.of_head(kv_head), i, cols],
                             ids_smem.at[slot, i], k_ring.filled.at[slot],
                         )  # fmt: skip
                 v_ring.reserve(step)
@@ -174,11 +173,11 @@ class QueryTiles:
         row_in_tile = wg * WG_ROWS
         first_row = jnp.maximum(work.row, 0) * ROWS + row_in_tile
         at, count = (work.pattern_head, jnp.maximum(work.row, 0)), jnp.maximum(work.count, 0)
-        row_ids = ()
-        if x.ids:
-            rows = pl.ds(first_row, WG_ROWS)
-            load = functools.partial(plgpu.load, layout=ROW, optimized=False)
-            row_ids = (load(lists.q_ids.at[work.sample, rows]),)
+        rows, head = pl.ds(first_row, WG_ROWS), x.of_head(work.head)
+        row_ids = tuple(
+            plgpu.load(lists.q_ids.at[work.sample, head, i, rows], layout=ROW, optimized=False)
+            for i in range(x.query_ids)
+        )
 
         def find(tile):
             return masks.pieces(

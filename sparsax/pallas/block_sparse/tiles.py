@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from sparsax.layouts import INVALID
-from sparsax.pallas.block_sparse.places import Rule
+from sparsax.pallas.block_sparse.rules import PairRule
 
 ROWS = 128  # two warpgroups of 64 rows, the M of a Hopper matrix instruction
 
@@ -56,7 +56,7 @@ class Bounds:
     after: int | None
     mask_tail: bool
     ids: bool
-    rule: Rule | None = None
+    rule: PairRule | None = None
 
     def partial(self, block_col: int) -> bool:
         """Whether any pair of blocks may need a mask at all."""

@@ -12,18 +12,18 @@ import numpy as np
 
 from sparsax.compound import CompoundPattern, slots
 from sparsax.layouts import INVALID
-from sparsax.pallas.block_sparse.places import NOWHERE, PACKED, STRIDE, TAKEN, Rule
+from sparsax.pallas.block_sparse.places import NOWHERE, PACKED, STRIDE, TAKEN, Places
 from sparsax.pallas.block_sparse.problem import Problem, whole_tiles
 from sparsax.pallas.block_sparse.tiles import ROWS
 
 BLOCK = 64  # columns of a list's entries, unless the pattern's blocks say otherwise
 
 
-def rule_of(pattern: CompoundPattern) -> Rule:
+def rule_of(pattern: CompoundPattern) -> Places:
     """Which pairs attend."""
     bands = tuple((band.left, band.right) for band in pattern.bands)
     packed = pattern.columns.shape[-1] > 0
-    return Rule(bands, pattern.causal, packed=packed, blocks=pattern.blocks is not None)
+    return Places(bands, pattern.causal, packed=packed, blocks=pattern.blocks is not None)
 
 
 def problem_of(q, k, pattern: CompoundPattern, scale: float, own: bool = False) -> Problem:
@@ -75,7 +75,7 @@ class Keys:
 
     @property
     def places(self):
-        """What the rule reads: places of queries `[B, positions]` and of keys `[B, .., positions]`.
+        """What the rule reads of queries and of keys, `[B, 1, ids, positions]` each.
 
         Whole row tiles, and of keys one more of such that no query sees.
         """
@@ -106,7 +106,7 @@ class Keys:
                 return jnp.asarray(np.repeat(y, x.B // len(y), 0))
             return jnp.broadcast_to(y, (x.B, *y.shape[1:]))
 
-        return every(queries), every(read)
+        return every(queries[:, None, None]), every(read[:, None])
 
     def _real(self, place):
         """Whether places `[samples, ...]` are within the sequence and no padding."""
