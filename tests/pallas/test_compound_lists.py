@@ -28,12 +28,13 @@ def admitted(c, keys_in_rows):
     lists, *rest = read(pattern)
     full, count, cols, bits = (None if a is None else np.asarray(a) for a in jax.tree.leaves(
         lists, is_leaf=lambda a: a is None))  # fmt: skip
-    (of_queries, of_keys), at, mask = jax.tree.map(np.asarray, rest)
+    places, at, mask = jax.tree.map(np.asarray, rest)
     bounds = x.kv_bounds if keys_in_rows else x.q_bounds
     block_row, block_col = (x.block_kv, x.block_q) if keys_in_rows else (x.block_q, x.block_kv)
-    pad = lambda y, fill: np.pad(y, ((0, 0), (0, 0), (0, 256)), constant_values=fill)
-    along = pad(of_queries[:, 0], -2), pad(of_keys[:, 0], -3)
-    along_row, along_col = reversed(along) if keys_in_rows else along
+    if x.rule is not None:
+        pad = lambda y, fill: np.pad(y[:, 0], ((0, 0), (0, 0), (0, 256)), constant_values=fill)
+        along = pad(places[0], -2), pad(places[1], -3)
+        along_row, along_col = reversed(along) if keys_in_rows else along
     # By position, with room for what tiles have past the ends.
     found = np.zeros((x.B, x.N, x.q_rows + 512, x.kv_rows + 512), int)
     for b, n, r in np.ndindex(x.B, x.N, count.shape[1]):
@@ -48,12 +49,17 @@ def admitted(c, keys_in_rows):
                 if bits is not None:
                     word = bits[p, r, entry] >> (np.arange(ROWS) // block_row)
                     listed = jnp.broadcast_to(((word & 1) == 1)[:, None], kept.shape)
-                of_pairs = jnp.asarray(along_row[b, :, row]), jnp.asarray(along_col[b, :, col])
-                position = first if keys_in_rows else r * ROWS
-                if x.rows and position >= x.rows_from:
-                    kept = np.asarray(bounds.rule.seen_by_global_rows(*of_pairs, kept.shape))
+                if x.rule is None:
+                    there = np.arange(first, first + block_col) < bounds.cols
+                    kept = kept & there if listed is None else np.asarray(listed) & there
                 else:
-                    kept = np.asarray(bounds.rule.keep(*of_pairs, listed, kept.shape))
+                    of_pairs = jnp.asarray(along_row[b, :, row]), jnp.asarray(along_col[b, :, col])
+                    position = first if keys_in_rows else r * ROWS
+                    if x.rows and position >= x.rows_from:
+                        kept = bounds.rule.seen_by_global_rows(*of_pairs, kept.shape)
+                    else:
+                        kept = bounds.rule.keep(*of_pairs, listed, kept.shape)
+            kept = np.asarray(kept)
             if keys_in_rows:
                 found[b, n, col, row] += kept.T
             else:

@@ -143,9 +143,9 @@ def _below(keys: Keys, upper: _Lists, lower: _Lists) -> _Lists:
     (heads, rows, width), (_, more, wider) = upper.cols.shape, lower.cols.shape
     total = max(width, wider)
 
-    def grown(y, before: int, after: int):  # rows of nothing to either side, entries of nothing
+    def grown(y, before: int, after: int, fill: int = 0):  # with rows to either side, and entries
         places = (0, 0), (before, after), (0, total - y.shape[-1])
-        return _xp(y).pad(y, places)
+        return _xp(y).pad(y, places, constant_values=fill)
 
     def join(y, z):
         shape = max(len(y), len(z)), heads
@@ -156,7 +156,7 @@ def _below(keys: Keys, upper: _Lists, lower: _Lists) -> _Lists:
         join(upper.full, lower.full),
         join(upper.count, lower.count),
         grown(upper.cols, 0, more) + grown(lower.cols, rows, 0),
-        None if upper.bits is None else grown(upper.bits, 0, more),
+        None if upper.bits is None else grown(upper.bits, 0, more, -1),
     )
 
 
@@ -206,7 +206,8 @@ def _ordered(cover: _Cover, packed: int = 0, packed_from: int = 0) -> _Lists:
     order = xp.argsort(rank, axis=-1, stable=True)[..., :width]
     bits = cover.bits
     if bits is not None:
-        bits = jnp.take_along_axis(jnp.pad(bits, ((0, 0), (0, 0), (0, packed))), order, -1)
+        widths = (0, 0), (0, 0), (0, packed)  # what no rule asks about is seen by all rows
+        bits = jnp.take_along_axis(jnp.pad(bits, widths, constant_values=-1), order, -1)
     cols = xp.where(order < blocks, order, order - blocks + packed_from)
     return _Lists((rank == 0).sum(-1)[None], (rank < 2).sum(-1)[None], cols, bits)
 
