@@ -11,12 +11,12 @@
 
 AdamW, decay .01, warm-up over 4,000 pairs, then linear to 0, label smoothing .1, loss on the
 sentence alone; pairs of more than 96 tokens (0.1 %) are left out. bfloat16, trained parameters in
-float32, frozen ones in bfloat16; products are cuBLAS's. Attention is cuDNN's flash attention where it is dense, so --flash
-changes memory and time of every way but the top-L ones. Every row has the loss on validation pairs
-(nats a token, without smoothing) before and after each epoch, milliseconds of a step (median,
-without compilation), MiB that a dispatch of many steps holds at its peak (XLA's buffer assignment),
-and seconds to write a sentence for all 630 meanings of the test set, greedy and by a beam. The
-sentences go to a folder, a file for each row, for `e2e_metrics.py`.
+float32, frozen ones in bfloat16; products are cuBLAS's. Attention is cuDNN's flash attention where
+it is dense, so --flash changes memory and time of every way but the top-L ones. Every row has the
+loss on validation pairs (nats a token, without smoothing) before and after each epoch, milliseconds
+of a step (median, without compilation), MiB that a dispatch of many steps holds at its peak (XLA's
+buffer assignment), and seconds to write a sentence for all 630 meanings of the test set, greedy and
+by a beam. The sentences go to a folder, a file for each row, for `e2e_metrics.py`.
 """
 
 import argparse
