@@ -11,12 +11,12 @@
 
 AdamW, decay .01, warm-up over 4,000 pairs, then linear to 0, label smoothing .1, loss on the
 sentence alone; pairs of more than 96 tokens (0.1 %) are left out. bfloat16, trained parameters in
-float32, frozen ones in bfloat16. Attention is cuDNN's flash attention where it is dense, so --flash
-changes memory and time of every way but the top-L ones. Every row has the loss on validation pairs
-(nats a token, without smoothing) before and after each epoch, milliseconds of a step (median,
-without compilation), MiB that a dispatch of many steps holds at its peak (XLA's buffer assignment),
-and seconds to write a sentence for all 630 meanings of the test set, greedy and by a beam. The
-sentences go to a folder, a file for each row, for `e2e_metrics.py`.
+float32, frozen ones in bfloat16; products are cuBLAS's. Attention is cuDNN's flash attention where
+it is dense, so --flash changes memory and time of every way but the top-L ones. Every row has the
+loss on validation pairs (nats a token, without smoothing) before and after each epoch, milliseconds
+of a step (median, without compilation), MiB that a dispatch of many steps holds at its peak (XLA's
+buffer assignment), and seconds to write a sentence for all 630 meanings of the test set, greedy and
+by a beam. The sentences go to a folder, a file for each row, for `e2e_metrics.py`.
 """
 
 import argparse
@@ -33,6 +33,7 @@ import optax
 from finetune_ways import WAYS, Parts, convert, rules_of
 from flax import nnx
 from generation import Search, search
+from gpu import leave_products_to_cublas
 from language import END, Pairs, Words, halve, read_pairs
 from resumed import Rows
 from tqdm import tqdm
@@ -268,6 +269,7 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--quick", action="store_true", help="an epoch of 80 pairs, anywhere")
     args = parser.parse_args()
+    leave_products_to_cublas()
     if args.quick:
         quick = {"epochs": 1, "batch": 2, "tokens": 256, "tile": 32, "common_tile": 32,
                  "flash": "xla", "decode_batch": 3, "name": args.name + "_quick"}  # fmt: skip

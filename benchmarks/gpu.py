@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 128
+
+
+def leave_products_to_cublas() -> None:
+    """Has XLA take the kernel that cuBLAS proposes for a matrix product; before JAX first computes.
+
+    By default it compiles and times dozens of its own for every product: minutes for a training
+    step, while nothing else may run on the GPU, and the choice can differ the next time. For
+    scripts that compile many programs in order to compare them.
+    """
+    flags = "--xla_gpu_enable_triton_gemm=false", "--xla_gpu_autotune_level=0"
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
 
 def spion_like(heads: int, blocks: int, density: float, seed: int = 0) -> np.ndarray:

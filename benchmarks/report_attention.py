@@ -1,6 +1,7 @@
 """Writes docs/attention.md and docs/attention_gpu.png from what `attention_gpu.py` measured.
 
     python benchmarks/attention_gpu.py --flex 16384        # on the GPU: results/attention_gpu.json
+    python benchmarks/score_map_gpu.py                     # on the GPU: results/score_map_gpu.json
     uv run python benchmarks/report_attention.py           # anywhere (needs the `plots` extra)
 
 A dash is a figure that the result lacks; a length or pattern that it lacks has a row that says so.
@@ -16,7 +17,7 @@ import numpy as np
 from gpu import BLOCK
 from harness import RESULTS
 from matplotlib.figure import Figure
-from report import DOCS, number, origin, table
+from report import DOCS, number, origin, read, table
 
 DENSITY = 0.1  # of the crossover and of the picture
 SHARE = f"{100 * DENSITY:.0f} %"
@@ -119,6 +120,24 @@ def memory(rows: list[dict], heads: int) -> str:
     return table([*head, "sparse / ideal", "dense / ideal"], cells)
 
 
+def score_maps(rows: list[dict]) -> str:
+    """A row for each size, of what a probe costs."""
+    head = ["head features", "length", "pairs", "whole map ms", "pooled ms", "dense step ms",
+            "pooled / dense", "portable / whole", "whole MiB", "pooled MiB"]  # fmt: skip
+    cells = []
+    for row in rows:
+        for name, pairs in (("bidirectional", "all"), ("causal", "causal")):
+            full, pooled, dense = (row[name][x] for x in ("full", "pooled", "dense"))
+            portable = row[name].get("xla", {}).get("ms")
+            cells.append([
+                str(row["features"]), f"{row['length']:,}", pairs,
+                *(number(x["ms"]) for x in (full, pooled, dense)),
+                number(pooled["ms"] / dense["ms"]), number(portable and portable / full["ms"]),
+                *(number(x["bytes"] / 2**20) for x in (full, pooled)),
+            ])  # fmt: skip
+    return table(head, cells)
+
+
 def picture(rows: list[dict]) -> Figure:
     """Milliseconds over length, a panel for each number of head features."""
     every = sorted({row["features"] for row in rows})
@@ -175,6 +194,15 @@ def main() -> None:
     for features in sorted({row["features"] for row in rows}):
         own = [row for row in rows if row["features"] == features]
         text += [f"## {features} head features", speed(own, heads)]
+    if maps := read("score_map_gpu", args.results.parent):
+        text += [
+            "## The score map, which a search reads",
+            origin("score_map_gpu", maps),
+            "bfloat16, batch 1, 16 heads: the probabilities averaged over heads, of every pair or "
+            "of blocks of 64 (pooled). A dense step is cuDNN's attention, forward and backward: "
+            "what a probe delays. Portable is the implementation `xla`, at short lengths alone. "
+            "MiB are what XLA reserves beside the arguments.", score_maps(maps["rows"]),
+        ]  # fmt: skip
     (args.docs / "attention.md").write_text("\n\n".join(text) + "\n")
     picture(rows).savefig(args.docs / "attention_gpu.png", dpi=120)
     print(args.docs / "attention.md")

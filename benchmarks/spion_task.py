@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from gpu import leave_products_to_cublas
 from jax.tree_util import Partial
 
 from sparsax.nn import SparseAttention, score_maps
@@ -93,6 +94,7 @@ def parse(description: str | None) -> argparse.Namespace:
     if args.quick:
         args.out /= "quick"  # checkpoints of their own
     args.out.mkdir(parents=True, exist_ok=True)
+    leave_products_to_cublas()  # or training waits while the next method's programs are tuned
     jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
     # The small programs are many, and all together take as long as a large one.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

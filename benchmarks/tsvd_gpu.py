@@ -166,7 +166,7 @@ def start(pool, args, layer: str, rows: int, ratio: float) -> dict:
     """What measures everything about one layer, number of rows and compression, by name."""
     k, n = SHAPES[layer]
     time_one = in_a_chain if rows <= args.chain else one_call
-    calls = max(2, min(args.calls, 2**36 // (rows * k * n)))
+    calls = max(2, min(args.calls, 2**41 // (rows * k * n)))
     timed = lambda make, product: time_one(pool, make, product, rows, k, n, calls)
     backward = args.backward and rows > args.chain
     found = {"errors": {}, "ms": {"dense": timed(dense, jnp.matmul)}}

@@ -1,6 +1,9 @@
 """The shared cases in shapes that the Hopper kernels take, and more of what only they must pass."""
 
 import dataclasses
+from collections.abc import Callable, Iterable
+
+import pytest
 
 from tests.helpers import CASES, Case
 
@@ -15,6 +18,12 @@ def for_kernels(c: Case, grow: int) -> Case:
         block_kv=_block(c.block_kv, grow), H=FEATURES[c.H], window=window,
         dtype="bfloat16" if c.dtype == "float32" else c.dtype,
     )  # fmt: skip
+
+
+def cells(every: Iterable[tuple], kept: Callable[..., bool]) -> list:
+    """All cells of a matrix, of which CI runs those `kept`: the rest are marked `exhaustive`."""
+    rest = pytest.mark.exhaustive
+    return [cell if kept(*cell) else pytest.param(*cell, marks=rest) for cell in every]
 
 
 def _block(block: int, grow: int) -> int:

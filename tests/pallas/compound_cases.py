@@ -37,6 +37,13 @@ def blocks_and_columns(c):
     return CompoundPattern.from_parts(c.T, blocks=blocks, columns=POSITIONS, num_columns=COUNTS)
 
 
+def blocks_and_rows(c):
+    return CompoundPattern.from_parts(
+        c.T, blocks=patterns.random(c.T, blocks_per_row=2, block=32, seed=3),
+        rows=np.array([[3, 150], [64, 0]]), num_rows=np.array([2, 1]),
+    )  # fmt: skip
+
+
 def bigbird(heads, kept=None, block=64, ends=2):
     return lambda c: compound.bigbird(
         c.T, block=block, random_blocks=1, heads=heads, global_blocks=ends,
@@ -108,6 +115,7 @@ CASES = tuple(
         Case(name="bigbird_128", T=700, H=128, make=bigbird(1, (700, 450), 128)),
         Case(name="bigbird_both_ends", T=700, H=64, make=bigbird(2, (700, 450), ends=(1, 1))),
         Case(name="blocks_and_columns", T=331, H=64, make=blocks_and_columns),
+        Case(name="blocks_and_rows", T=200, H=32, N=2, K=1, make=blocks_and_rows),
         Case(name="everything", T=331, H=64, own=True,
              make=lambda c: everything(c, 1, 64, 64, True)),
         Case(name="everything_per_kv_head", T=331, H=32, N=4, own=True,

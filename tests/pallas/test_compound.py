@@ -15,9 +15,11 @@ from tests.pallas.compound_cases import CASES, case
 
 NAMES = ("q_global", "k_global", "v_global")
 # Interpreting a case takes seconds; `test_compound_lists` says of all of them which pairs are kept.
-INTERPRETED = ("window_causal", "one_token", "columns_shared_causal", "rows_own_padded")
+INTERPRETED = (
+    "window_causal", "one_token", "columns_shared_causal", "rows_own_padded", "blocks_and_rows",
+)  # fmt: skip
 SLOW = (
-    "vertical_slash", "longformer_padded_own", "all_selected", "everything_per_kv_head",
+    "vertical_slash", "bigbird", "longformer_padded_own", "all_selected", "everything_per_kv_head",
     "rows_causal", "rows_own_causal_padded",
 )  # fmt: skip
 BY_NAME = pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from sparsax.pallas.block_sparse.problem import whole_tiles
+from sparsax.pallas.block_sparse.schedule import units
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.compound.keys import Keys, problem_of
-from sparsax.pallas.compound.lists import key_lists, query_lists
+from sparsax.pallas.compound.lists import key_lists, least_work, query_lists
 from tests.pallas.compound_cases import CASES
 
 
@@ -16,17 +17,24 @@ def admitted(c, keys_in_rows):
     """How often each pair is computed, `[B, N, T, T]`, as the kernels walk and mask the lists."""
     q, k, *_ = c.inputs()
     pattern = c.pattern()
-    keys = Keys(problem_of(q, k, pattern, 1.0, c.own), pattern)
-    x = keys.problem
-    lists = (key_lists if keys_in_rows else query_lists)(keys)
+    x = problem_of(q, k, pattern, 1.0, c.own)
+
+    @jax.jit
+    def read(pattern):
+        keys = Keys(x, pattern)
+        lists = (key_lists if keys_in_rows else query_lists)(keys)
+        return lists, keys.places, (keys.slots, keys.row_slots), pattern.to_mask()
+
+    lists, *rest = read(pattern)
     full, count, cols, bits = (None if a is None else np.asarray(a) for a in jax.tree.leaves(
         lists, is_leaf=lambda a: a is None))  # fmt: skip
+    places, at, mask = jax.tree.map(np.asarray, rest)
     bounds = x.kv_bounds if keys_in_rows else x.q_bounds
     block_row, block_col = (x.block_kv, x.block_q) if keys_in_rows else (x.block_q, x.block_kv)
-    of_queries, of_keys = keys.places
-    pad = lambda y, fill: np.pad(y, ((0, 0), (0, 0), (0, 256)), constant_values=fill)
-    along = pad(of_queries[:, 0], -2), pad(of_keys[:, 0], -3)
-    along_row, along_col = reversed(along) if keys_in_rows else along
+    if x.rule is not None:
+        pad = lambda y, fill: np.pad(y[:, 0], ((0, 0), (0, 0), (0, 256)), constant_values=fill)
+        along = pad(places[0], -2), pad(places[1], -3)
+        along_row, along_col = reversed(along) if keys_in_rows else along
     # By position, with room for what tiles have past the ends.
     found = np.zeros((x.B, x.N, x.q_rows + 512, x.kv_rows + 512), int)
     for b, n, r in np.ndindex(x.B, x.N, count.shape[1]):
@@ -41,25 +49,31 @@ def admitted(c, keys_in_rows):
                 if bits is not None:
                     word = bits[p, r, entry] >> (np.arange(ROWS) // block_row)
                     listed = jnp.broadcast_to(((word & 1) == 1)[:, None], kept.shape)
-                of_pairs = jnp.asarray(along_row[b, :, row]), jnp.asarray(along_col[b, :, col])
-                position = first if keys_in_rows else r * ROWS
-                if x.rows and position >= x.rows_from:
-                    kept = np.asarray(bounds.rule.seen_by_global_rows(*of_pairs, kept.shape))
+                if x.rule is None:
+                    there = np.arange(first, first + block_col) < bounds.cols
+                    kept = kept & there if listed is None else np.asarray(listed) & there
                 else:
-                    kept = np.asarray(bounds.rule.keep(*of_pairs, listed, kept.shape))
-            at = found[b, n]
+                    of_pairs = jnp.asarray(along_row[b, :, row]), jnp.asarray(along_col[b, :, col])
+                    position = first if keys_in_rows else r * ROWS
+                    if x.rows and position >= x.rows_from:
+                        kept = bounds.rule.seen_by_global_rows(*of_pairs, kept.shape)
+                    else:
+                        kept = bounds.rule.keep(*of_pairs, listed, kept.shape)
+            kept = np.asarray(kept)
             if keys_in_rows:
-                at[col, row] += kept.T
+                found[b, n, col, row] += kept.T
             else:
-                at[row, col] += kept
-    return folded(found, keys, keys_in_rows), pattern
+                found[b, n, row, col] += kept
+    return folded(found, x, pattern, at, keys_in_rows), mask
 
 
-def folded(found, keys, keys_in_rows):
-    """Pairs of tokens, whichever copies of them attended to each other; `[B, N, T, T]`."""
-    x, pattern = keys.problem, keys.pattern
+def folded(found, x, pattern, at, keys_in_rows):
+    """Pairs of tokens, whichever copies of them attended to each other; `[B, N, T, T]`.
+
+    `at`: where the packed keys stand, and the global rows.
+    """
     total = found[:, :, : x.T, : x.T].copy()
-    packed, asking = (np.asarray(y) for y in (keys.slots, keys.row_slots))
+    packed, asking = at
     for b in range(x.B):
         sample = b if x.samples > 1 else 0
         for i, column in enumerate(packed[sample]):
@@ -87,7 +101,21 @@ def folded(found, keys, keys_in_rows):
 @pytest.mark.parametrize("keys_in_rows", [False, True])
 @pytest.mark.parametrize("c", [c for c in CASES if c.T < 1000], ids=lambda c: c.name)
 def test_every_pair_is_computed_once(c, keys_in_rows):
-    total, pattern = admitted(c, keys_in_rows)
-    want = np.asarray(pattern.to_mask())
-    want = np.repeat(want, c.N // want.shape[1], 1)
+    total, mask = admitted(c, keys_in_rows)
+    want = np.repeat(mask, c.N // mask.shape[1], 1)
     np.testing.assert_array_equal(total, np.broadcast_to(want, total.shape).astype(int))
+
+
+@pytest.mark.parametrize("keys_in_rows", [False, True])
+@pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
+def test_lists_hold_the_least_work_and_that_of_bands_is_some(c, keys_in_rows):
+    q, k, *_ = c.inputs()
+    pattern = c.pattern()
+    keys = Keys(problem_of(q, k, pattern, 1.0, c.own), pattern)
+    block = keys.problem.block_q if keys_in_rows else keys.problem.block_kv
+    lists = (key_lists if keys_in_rows else query_lists)(keys)
+    listed = units(np.maximum(np.asarray(lists.count), 0), block).sum(-1)
+    least = least_work(keys, keys_in_rows)
+    assert (least > 0) == (bool(pattern.bands) and pattern.token_mask is None)
+    valid = np.broadcast_to(pattern.valid(), (keys.problem.samples, keys.problem.P)).ravel()
+    assert (valid * least <= listed).all()

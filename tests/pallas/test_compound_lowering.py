@@ -8,6 +8,7 @@ import pytest
 from sparsax import Band, CompoundPattern, compound_attention, pallas, patterns
 from sparsax.pallas.compound.keys import problem_of
 from sparsax.patterns import compound
+from tests.pallas.cases import cells
 
 T = 1000
 POSITIONS = np.arange(0, T, 41)[None].repeat(2, 0)
@@ -44,7 +45,12 @@ MATRIX = [
 ]
 
 
-@pytest.mark.parametrize(("name", "features", "dtype"), MATRIX)
+def kept(name, features, dtype):
+    """Every pattern and every head dim, of which 96 is in float16."""
+    return name != "padded" or features in (64, 96)
+
+
+@pytest.mark.parametrize(("name", "features", "dtype"), cells(MATRIX, kept))
 def test_attention_and_its_gradient_lower(name, features, dtype):
     q = jax.ShapeDtypeStruct((2, T, 4, features), dtype)
     k = jax.ShapeDtypeStruct((2, T, 2, features), dtype)

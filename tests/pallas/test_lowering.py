@@ -9,15 +9,22 @@ import pytest
 
 import sparsax
 from sparsax import pallas
+from tests.pallas.cases import cells
 
 MATRIX = [
-    *itertools.product((32, 64, 96, 128, 256), (32, 64, 128), ["bfloat16"]),
-    *itertools.product((64, 128), [128], ["float16"]),
+    *itertools.product((32, 64, 96, 128, 256), (32, 64, 128), ["bfloat16"], (False, True)),
+    *itertools.product((64, 128), [128], ["float16"], (False, True)),
 ]
 
 
-@pytest.mark.parametrize(("features", "block", "dtype"), MATRIX)
-@pytest.mark.parametrize("masks", [False, True])
+def kept(features, block, dtype, masks):
+    """Where masks choose other tilings, all; else every two of head dim, block and masks."""
+    if features in (64, 128):
+        return True
+    return ((32, 96, 256).index(features) + (32, 64, 128).index(block) + masks) % 2 == 0
+
+
+@pytest.mark.parametrize(("features", "block", "dtype", "masks"), cells(MATRIX, kept))
 def test_attention_and_its_gradient_lower(features, block, dtype, masks):
     pattern = sparsax.patterns.bigbird(1000, block=block)
     options = {"causal": True, "pruned": "zero", "window": (300, None)} if masks else {}

@@ -177,3 +177,10 @@ def test_copies_that_keep_the_gpu_busy_leave_rows_whole():
     table, splits = table_of(plan, work)
     assert (plan.extra, plan.parts, splits) == (0, 0, None)
     assert table.shape == (1 + 4 * 64,)
+
+
+def test_no_row_is_cut_that_the_least_work_outlasts():
+    share = multiprocessors()  # units of a head where as many as a row's fall on each
+    cut, whole = Schedule(1, 33, 32, 32, share - 1), Schedule(1, 33, 32, 32, share)
+    assert cut.extra > 0
+    assert (whole.extra, whole.parts) == (0, 0)

@@ -15,6 +15,7 @@ from sparsax.pallas import tsvd
 from sparsax.pallas.grouped_matmul import product
 from sparsax.pallas.tsvd import products
 from tests.helpers import TOLERANCES, assert_near
+from tests.pallas.cases import cells
 from tests.test_linear import Case, multiply
 
 # Ragged rows and features, every width of a tile and of a chunk, sums that no step divides.
@@ -187,7 +188,12 @@ def lower(size, rank, dtype, rows=200, num_out=5):
         return step.lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize(("size", "rank", "dtype"), FITS)
+def kept(size, rank, dtype):
+    """Every size and rank; in float16, each once."""
+    return dtype == "bfloat16" or (size, rank) in ((64, 128), (192, 16), (256, 96), (512, 32))
+
+
+@pytest.mark.parametrize(("size", "rank", "dtype"), cells(FITS, kept))
 def test_the_kernels_lower_forward_and_backward(size, rank, dtype):
     text = lower(size, rank, dtype)
     # Two forward; x u again, its gradient, dx, du and dv.

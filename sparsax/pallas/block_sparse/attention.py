@@ -27,15 +27,18 @@ def forward(
     return o, lse
 
 
-def run_forward(problem: Problem, lists: TileLists, ids, q, k, v, config: Config | None, interpret):
+def run_forward(
+    problem: Problem, lists: TileLists, ids, q, k, v, config: Config | None, interpret,
+    least: int = 0,
+):  # fmt: skip
     """`forward` over the lists of row tiles: of each array in q an o and an lse.
 
     q, k and v are lists of arrays that stand behind each other: queries and global rows; keys,
     packed keys and those of global rows. `ids` are those of queries and keys, `(None, None)` or
-    what the problem's rule reads.
+    what the problem's rule reads; `least` is the work that a head's lists hold at least, in units.
     """
     config = config or best_config(problem, _masked(problem, lists))
-    schedule, table, splits = _of_queries(problem, lists, interpret)
+    schedule, table, splits = _of_queries(problem, lists, least, interpret)
     kernel = forward_kernel(
         problem, schedule, lists.bits is not None, **config.forward.keywords, interpret=interpret
     )
@@ -67,9 +70,12 @@ def backward(
 
 def run_backward(
     problem: Problem, by_query: TileLists, by_key: TileLists, ids, q, k, v, o, lse, do, dlse,
-    config: Config | None, interpret,
+    config: Config | None, interpret, least: tuple[int, int] = (0, 0),
 ):  # fmt: skip
-    """`backward` over the lists of row tiles, of lists of arrays as `run_forward` takes them."""
+    """`backward` over the lists of row tiles, of lists of arrays as `run_forward` takes them.
+
+    `least` is that of the lists by query and by key.
+    """
     config = config or best_config(problem, _masked(problem, by_query))
     # ds = p * (dp - delta + dlse): what a row subtracts, FlashAttention-2 section 3.1.2.
     delta = [
@@ -83,7 +89,7 @@ def run_backward(
     q, k, v, do = ([_copyable(x) for x in each] for each in (q, k, v, do))
     arrays = *q, *k, *v, *do, _behind(lse, jnp.inf), _behind(delta, 0.0)
 
-    schedule, table, splits = _of_queries(problem, by_query, interpret)
+    schedule, table, splits = _of_queries(problem, by_query, least[0], interpret)
     kernel = dq_kernel(
         problem, schedule, by_query.bits is not None, **config.dq.keywords, interpret=interpret
     )
@@ -93,13 +99,13 @@ def run_backward(
         (dq,), _ = combine(
             schedule, problem.samples, splits, parts, [list(dq)], problem.q_starts, None, interpret
         )
-    dk, dv = _of_keys(problem, config.dkv, by_key, ids, arrays, interpret)
+    dk, dv = _of_keys(problem, config.dkv, by_key, ids, arrays, least[1], interpret)
     lengths = problem.q_lengths, problem.kv_lengths, problem.kv_lengths
     gradients = tuple(map(_cut, (dq, dk, dv), lengths))
     return vary(gradients, (arrays, by_query, by_key, ids))
 
 
-def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, interpret):
+def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, least: int, interpret):
     """`dk, dv`, a list of arrays each, split rows and all."""
     rows, samples, starts = lists.count.shape[1], problem.samples, problem.kv_starts
     owners = min(problem.P, problem.K)  # of one sample
@@ -107,7 +113,8 @@ def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, interpret)
     queries = problem.N // max(problem.P, problem.K)  # heads of a kv head that walk one list
     longest = queries * work.shape[1] * units(lists.cols.shape[-1], problem.block_q)
     copies = problem.B // samples * (problem.K // owners)
-    schedule = Schedule(samples * owners, rows, copies, longest)
+    least *= queries * work.shape[1]
+    schedule = Schedule(samples * owners, rows, copies, longest, least)
     table, splits = deal(schedule, queries * work.sum(1), interpret=interpret)
     operands = *_operands(lists, table, ids), *arrays
     found = []
@@ -127,12 +134,12 @@ def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, interpret)
     return jax.tree.map(lambda *halves: jnp.concatenate(halves, -1), *found)
 
 
-def _of_queries(problem: Problem, lists: TileLists, interpret):
+def _of_queries(problem: Problem, lists: TileLists, least: int, interpret):
     """The schedule of the forward pass and of dQ, its table and that of split rows."""
     work = units(jnp.maximum(lists.count, 0), problem.block_kv)
     longest = units(lists.cols.shape[-1], problem.block_kv)
     copies = problem.B // problem.samples * (problem.N // problem.P)
-    schedule = Schedule(problem.owners, work.shape[1], copies, longest)
+    schedule = Schedule(problem.owners, work.shape[1], copies, longest, least)
     return schedule, *deal(schedule, work, lists.full, lists.count, interpret=interpret)
 
 

@@ -191,7 +191,7 @@ def dkv_kernel(
                     def find(t):
                         found = masks.pieces(columns, lists.cols, lists.bits, index, count, t,
                                              row_in_tile, x.block_kv)  # fmt: skip
-                        if not x.rows or columns.gather > 1:
+                        if not x.rows_ask or columns.gather > 1:
                             return found, None
                         begins = stream.starts(columns, lists.cols, index, jnp.maximum(count, 1), t)
                         return found, begins[0] >= x.rows_from
@@ -213,7 +213,7 @@ def dkv_kernel(
                             col_ids = (of_cols(ids_smem.at[:, i]) for i in range(x.query_ids))
                             ids = (row_ids, tuple(col_ids)) if x.ids else None
                             pieces, is_global = found
-                            if x.rows and columns.gather > 1:  # some pieces of a tile may be
+                            if x.rows_ask and columns.gather > 1:  # some pieces of a tile may be
                                 is_global = x.rows_from
                             return masks.keep(
                                 weights, 0.0, columns, pieces, first_row, x.block_kv, ids, is_global

@@ -65,6 +65,11 @@ class Problem:
         return self.q_starts[-1]
 
     @property
+    def rows_ask(self) -> bool:
+        """Whether the rule lets global rows see what it keeps from others; without it bits do."""
+        return self.rows > 0 and self.rule is not None
+
+    @property
     def packed_from(self) -> int:
         """Position of the first packed key."""
         return self.kv_starts[1]

@@ -194,7 +194,7 @@ class QueryTiles:
         def keep(values, fill, found, key_ids, slot):
             key_ids = load_ids(slot) if x.ids and key_ids is None else key_ids
             ids = (row_ids, key_ids) if x.ids else None
-            is_global = work.row * ROWS >= x.rows_from if x.rows else None
+            is_global = work.row * ROWS >= x.rows_from if x.rows_ask else None
             return masks.keep(
                 values, fill, self.columns, found, first_row, x.block_q, ids, is_global
             )

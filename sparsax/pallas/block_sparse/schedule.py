@@ -49,16 +49,17 @@ def units(entries, block: int):
 class Schedule:
     """How row tiles are dealt to thread blocks.
 
-    Each of `owners` heads has `tiles` row tiles, of `longest` units of work at most, done for each
-    of `copies` (samples, and heads that share the pattern). Where rows may be long and are few, one
-    of more than its fair share of the work is cut into pieces, whose sums are added later, in
-    order.
+    Each of `owners` heads has `tiles` row tiles, of `longest` units of work at most and `least`
+    together at least, done for each of `copies` (samples, and heads that share the pattern). Where
+    rows may be long and are few, one of more than its fair share of the work is cut into pieces,
+    whose sums are added later, in order.
     """
 
     owners: int
     tiles: int
     copies: int
     longest: int
+    least: int = 0
 
     @property
     def rows(self) -> int:
@@ -69,9 +70,12 @@ class Schedule:
     def extra(self) -> int:
         """Pieces that cutting may add: every piece of a row but its last is a whole share.
 
-        0 where the copies of a row alone keep the GPU busy: then nothing is cut.
+        0, and nothing is cut, where the copies of a row alone keep the GPU busy, or where no row
+        lasts longer than all the work does in any case: the longest start first.
         """
         if self.longest < LONG or self.copies >= multiprocessors():
+            return 0
+        if self.longest * multiprocessors() <= self.least * self.owners * self.copies:
             return 0
         return PIECES * multiprocessors() // self.copies
 

@@ -8,7 +8,7 @@ from sparsax.pallas.block_sparse.attention import run_backward, run_forward
 from sparsax.pallas.block_sparse.config import Config
 from sparsax.pallas.block_sparse.places import STRIDE
 from sparsax.pallas.compound.keys import BLOCK, Keys, poison, problem_of
-from sparsax.pallas.compound.lists import key_lists, query_lists
+from sparsax.pallas.compound.lists import key_lists, least_work, query_lists
 
 
 def refusal(q, pattern: CompoundPattern) -> str | None:
@@ -40,8 +40,9 @@ def forward(
     keys = Keys(problem, pattern)
     qs, ks, vs = _arrays(keys, q, k, v, own)
     (o, *rows), lse = run_forward(
-        problem, query_lists(keys), keys.places, qs, ks, vs, config, interpret
-    )
+        problem, query_lists(keys), keys.places, qs, ks, vs, config, interpret,
+        least_work(keys, keys_in_rows=False),
+    )  # fmt: skip
     if rows:
         o = pattern.put_rows(o, rows[0][:, : pattern.rows.shape[-1]])
         lse[1] = jnp.where(keys.row_is_there[:, None], lse[1], -jnp.inf)
@@ -70,7 +71,7 @@ def backward(
     qs, ks, vs = _arrays(keys, q, k, v, own)
     (dq, *of_rows), dk, dv = run_backward(
         problem, query_lists(keys), key_lists(keys), keys.places, qs, ks, vs, os, lse, dos, 0.0,
-        config, interpret,
+        config, interpret, (least_work(keys, False), least_work(keys, True)),
     )  # fmt: skip
     of_own = [None, None, None]
     if problem.rows:

@@ -5,6 +5,7 @@ own keys; and behind the queries the global rows.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,12 @@ from sparsax.pallas.block_sparse.tiles import ROWS
 BLOCK = 64  # columns of a list's entries, unless the pattern's blocks say otherwise
 
 
-def rule_of(pattern: CompoundPattern) -> Places:
-    """Which pairs attend."""
+def rule_of(pattern: CompoundPattern, own: bool) -> Places | None:
+    """Which pairs attend; None where the bits of the lists say so, as in block-sparse attention."""
+    packed, masked = pattern.columns.shape[-1] > 0, pattern.token_mask is not None
+    if not (pattern.bands or packed or masked or own or pattern.causal):
+        return None
     bands = tuple((band.left, band.right) for band in pattern.bands)
-    packed = pattern.columns.shape[-1] > 0
     return Places(bands, pattern.causal, packed=packed, blocks=pattern.blocks is not None)
 
 
@@ -30,12 +33,12 @@ def problem_of(q, k, pattern: CompoundPattern, scale: float, own: bool = False) 
     """What the kernels of this pattern are built for; `own`: global rows see keys of their own."""
     (batch, length, heads, features), kv_heads = q.shape, k.shape[2]
     blocks, capacity, rows = pattern.blocks, pattern.columns.shape[-1], pattern.rows.shape[-1]
+    rule = rule_of(pattern, own and rows > 0)
     return Problem(
         batch, length, length, heads, kv_heads, features,
         1 if blocks is None else blocks.num_heads, q.dtype,
         BLOCK if blocks is None else blocks.block_q, BLOCK if blocks is None else blocks.block_kv,
-        scale, None, None, ids=True,
-        rule=rule_of(pattern),
+        scale, None, None, ids=rule is not None, rule=rule,
         samples=pattern.batch, packed=whole_tiles(capacity),
         rows=whole_tiles(rows), own=own and rows > 0,
     )  # fmt: skip
@@ -75,11 +78,14 @@ class Keys:
 
     @property
     def places(self):
-        """What the rule reads of queries and of keys, `[B, 1, ids, positions]` each.
+        """What the rule reads of queries and of keys, `[B, 1, ids, positions]` each; or two None.
 
         Whole row tiles, and of keys one more of such that no query sees.
         """
         x = self.problem
+        rule = rule_of(self.pattern, x.own)
+        if rule is None:
+            return None, None
         # NumPy, so that what is not data is a constant of the program.
         tokens = np.broadcast_to(np.arange(x.T, dtype=np.int32), (x.samples, x.T))
         tail = np.full((x.samples, -x.T % ROWS), NOWHERE, np.int32)
@@ -94,7 +100,7 @@ class Keys:
         if self.pattern.token_mask is not None:
             # A mark's place says which token it is, and NOWHERE's is outside of every sequence.
             marks = jnp.where(self._real(marks & (STRIDE - 1)), marks, NOWHERE)
-        read = rule_of(self.pattern).of_keys(jnp.asarray(marks))
+        read = rule.of_keys(jnp.asarray(marks))
         behind = []
         if x.rows:  # only causality asks where a global row stands
             unasked = np.zeros((x.samples, x.rows), np.int32)
@@ -152,8 +158,8 @@ def joined(parts):
 
     As a sum of padded arrays: XLA makes a kernel of each concatenation, and one of many sums.
     """
-    total, at = 0, 0
-    size = sum(n for _, n in parts)
+    total: Any = 0
+    at, size = 0, sum(n for _, n in parts)
     for x, n in parts:
         place = np.arange(size)
         if np.ndim(x):

@@ -4,6 +4,7 @@ Bands are static, so without blocks the lists are constants, and only how many o
 sample uses is computed: packed columns stand last. Blocks are data, and then so are the lists.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 
 from sparsax.compound import CompoundPattern
 from sparsax.pallas.block_sparse.problem import Problem
+from sparsax.pallas.block_sparse.schedule import units
 from sparsax.pallas.block_sparse.tiles import ROWS, TileLists
 from sparsax.pallas.compound.keys import Keys, joined, mark_invalid
 
@@ -33,6 +35,16 @@ class _Cover(NamedTuple):
     present: Any  # some pair
     whole: Any  # all pairs
     bits: Any  # listed row blocks; None without blocks
+
+
+def least_work(keys: Keys, keys_in_rows: bool) -> int:
+    """Units of work in a head's lists of bands: what data cannot make less."""
+    x = keys.problem
+    if keys.pattern.token_mask is not None or not keys.pattern.bands:
+        return 0
+    bands = dataclasses.replace(keys.pattern, blocks=None)
+    present = _cover(x, bands, keys_in_rows).present[0]
+    return int(units(present.sum(-1), x.block_q if keys_in_rows else x.block_kv).sum())
 
 
 def query_lists(keys: Keys) -> TileLists:
@@ -131,9 +143,9 @@ def _below(keys: Keys, upper: _Lists, lower: _Lists) -> _Lists:
     (heads, rows, width), (_, more, wider) = upper.cols.shape, lower.cols.shape
     total = max(width, wider)
 
-    def grown(y, before: int, after: int):  # rows of nothing to either side, entries of nothing
+    def grown(y, before: int, after: int, fill: int = 0):  # with rows to either side, and entries
         places = (0, 0), (before, after), (0, total - y.shape[-1])
-        return _xp(y).pad(y, places)
+        return _xp(y).pad(y, places, constant_values=fill)
 
     def join(y, z):
         shape = max(len(y), len(z)), heads
@@ -144,7 +156,7 @@ def _below(keys: Keys, upper: _Lists, lower: _Lists) -> _Lists:
         join(upper.full, lower.full),
         join(upper.count, lower.count),
         grown(upper.cols, 0, more) + grown(lower.cols, rows, 0),
-        None if upper.bits is None else grown(upper.bits, 0, more),
+        None if upper.bits is None else grown(upper.bits, 0, more, -1),
     )
 
 
@@ -194,7 +206,8 @@ def _ordered(cover: _Cover, packed: int = 0, packed_from: int = 0) -> _Lists:
     order = xp.argsort(rank, axis=-1, stable=True)[..., :width]
     bits = cover.bits
     if bits is not None:
-        bits = jnp.take_along_axis(jnp.pad(bits, ((0, 0), (0, 0), (0, packed))), order, -1)
+        widths = (0, 0), (0, 0), (0, packed)  # what no rule asks about is seen by all rows
+        bits = jnp.take_along_axis(jnp.pad(bits, widths, constant_values=-1), order, -1)
     cols = xp.where(order < blocks, order, order - blocks + packed_from)
     return _Lists((rank == 0).sum(-1)[None], (rank < 2).sum(-1)[None], cols, bits)
 
