@@ -46,6 +46,7 @@ def save(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
             "python": platform.python_version(), "jax": jax.__version__,
             "jaxlib": jaxlib.__version__,
         },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "rows": rows,
     }  # fmt: skip
     folder.mkdir(exist_ok=True, parents=True)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable
 
@@ -17,6 +18,9 @@ def read(name: str) -> list[dict]:
     record, device = json.loads(path.read_text()), jax.devices()[0].device_kind
     if record["device"] != device:
         raise SystemExit(f"{path} is of {record['device']}, this is {device}: give another --name")
+    was, now = record.get("xla_flags", ""), os.environ.get("XLA_FLAGS", "")
+    if was != now:
+        raise SystemExit(f"{path} is of XLA_FLAGS={was!r}, now {now!r}: give another --name")
     return record["rows"]
 
 

@@ -41,7 +41,7 @@ class Book:
         facts = {
             "task": task.name, "metric": task.metric, "dense": args.dense,
             "dtype": dtype().__name__, "device": jax.devices()[0].device_kind,
-            "size": dataclasses.asdict(task.size),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""), "size": dataclasses.asdict(task.size),
         }  # fmt: skip
         path = self.folder / f"{self.name}.json"
         if path.exists():

@@ -9,7 +9,8 @@ or one sequence. Milliseconds are medians over runs of calls inside one jitted l
 hold the choice, which "select" times alone. Beside ours: dense causal attention; our portable
 implementation up to `--xla-until` tokens, as long as its scores fit; and blocks of 64 by vote on
 the block-sparse kernels, their choice ("vote", portable in every case) again within and alone.
-Codes are random bits: only the vote's blocks, not their number, follow from them. MiB: what XLA
+Codes are random bits: only the vote's blocks, not their number, follow from them. They are given: a
+layer makes them from queries and keys, which "encode" times and no other part holds. MiB: what XLA
 reserves for forward and backward beside the arguments.
 """
 
@@ -36,6 +37,12 @@ def random_codes(batch: int, length: int, heads: int) -> Codes:
     """One word of eight codes for every token and head."""
     words = lambda seed: jax.random.bits(jax.random.key(seed), (batch, length, heads, 1))
     return Codes(words(1), words(2), num_codes=8)
+
+
+def encode(q, k) -> Codes:
+    """Codes of eight drawn codebooks for every head."""
+    books = jax.random.normal(jax.random.key(5), (k.shape[2], 8, 16, FEATURES // 8))
+    return sparsax.ProductQuantizer(books, jnp.ones(books.shape[:3])).codes(q, k, score="match")
 
 
 def choose(codes: Codes, keep: int, implementation: str):
@@ -70,8 +77,8 @@ def parts(batch: int, length: int, args) -> dict:
         with ThreadPoolExecutor() as pool:
             return Programs.start(pool, attend, arrays, *rest, calls=calls)
 
-    def alone(function):
-        return {"ms": milliseconds(repeated(function, calls), codes, calls=calls)}
+    def alone(function, *given):
+        return {"ms": milliseconds(repeated(function, calls), *given, calls=calls)}
 
     def attend(implementation):
         return lambda q, k, v, codes: sparsax.top_l_attention(
@@ -85,12 +92,13 @@ def parts(batch: int, length: int, args) -> dict:
     )
     found = {
         "ours": lambda: ours().time(arrays, codes),
-        "select": lambda: alone(lambda codes: choose(codes, keep, args.implementation)),
+        "encode": lambda: alone(encode, *arrays[:2]),
+        "select": lambda: alone(lambda codes: choose(codes, keep, args.implementation), codes),
         "kernels": lambda: {"ms": ours().kernels(arrays, codes)},
         "dense": lambda: start(dense).time(arrays),
         "blocks": lambda: start(blocks, codes).time(arrays, codes),
         "vote": lambda: alone(
-            lambda codes: topl.blocks(codes, keep=keep, block=BLOCK, causal=True).kv_indices
+            lambda codes: topl.blocks(codes, keep=keep, block=BLOCK, causal=True), codes
         ),
         "xla": lambda: start(attend("xla"), codes).time(arrays, codes),
     }
@@ -141,7 +149,7 @@ def main() -> None:
             if peer not in PEERS or peer in args.peers:
                 results.measure(key, part, measured)
         show(row, time.perf_counter() - begin)
-    results.end("ours", "select", "kernels")
+    results.end("ours", "encode", "select", "kernels")
 
 
 if __name__ == "__main__":

@@ -224,7 +224,9 @@ def main() -> None:
                     missing[ratio] = start(pool, args, layer, rows, ratio)
         for ratio, parts in missing.items():
             row = {"layer": layer, "rows": rows, "ratio": ratio, "features": SHAPES[layer]}
-            show(done.add(begin, row | jax.tree.map(lambda measured: measured(), parts)))
+            for part, measured in parts.items():  # errors first
+                row[part] = {name: measure() for name, measure in measured.items()}
+            show(done.add(begin, row))
             begin = time.perf_counter()
 
 

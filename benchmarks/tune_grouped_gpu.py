@@ -30,6 +30,7 @@ def main() -> None:
     args, rows = parser.parse_args(), []
     for groups, band, stages in itertools.product(args.groups, BANDS, STAGES):
         product.BAND, product.STAGES = band, stages
+        jax.clear_caches()  # of what was traced with other constants
         sizes = SIZES["skewed"](args.rows, groups)
         given = operands(args.rows, args.features, args.columns, sizes)
         mine, portable = (jax.tree.map(jax.jit, ours(which)) for which in ("pallas", "xla"))

@@ -54,10 +54,12 @@ def constants(width: int, cluster: int, band: int, beside: int):
     before = products.tiles, product.BAND, products.BESIDE
     products.tiles, product.BAND = (lambda *_: (width, cluster)), band
     products.BESIDE = beside
+    jax.clear_caches()  # of what was traced with other constants
     try:
         yield
     finally:
         products.tiles, product.BAND, products.BESIDE = before
+        jax.clear_caches()
 
 
 def choices(u, v, quick: bool):

@@ -1,6 +1,8 @@
 """One list of attention cases, and how far an implementation may be from the reference."""
 
 import dataclasses
+import functools
+import re
 import zlib
 from typing import Any, NamedTuple
 
@@ -208,3 +210,20 @@ def assert_gradients_near(got: nnx.State, want: nnx.State, tolerance: float) -> 
             continue
         assert float(jnp.linalg.norm(b)) > 1e-4, name
         assert_near(a, b, tolerance, name)
+
+
+def launched(text: str) -> int:
+    """Kernels that a lowered program launches; those in the body of a loop count once.
+
+    Equal calls of a kernel may share a function, which stands in the program once.
+    """
+    parts = re.split(r"\n  func\.func \w+ @", text)[1:]
+    bodies = {part.split("(", 1)[0]: part for part in parts}
+
+    @functools.cache
+    def of(name: str) -> int:
+        called = re.findall(r"\bcall @([\w.]+)", bodies[name])
+        own = bodies[name].count("stablehlo.custom_call @mosaic_gpu")
+        return own + sum(of(x) for x in called if x in bodies)
+
+    return of("main")

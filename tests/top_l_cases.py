@@ -79,6 +79,8 @@ class Case:
             most = self.T // 2 if self.padding == "every" else self.T
             real = np.linspace(most, 0 if self.padding == "all" else self.T // 3, self.B)
             key_mask = jnp.asarray(np.arange(self.T) < real.astype(int)[:, None])
+            if self.padding == "holes":
+                key_mask = jnp.asarray(rng.random((self.B, self.T)) < 0.6)
         encode = jax.jit(ProductQuantizer.codes, static_argnames="score")
         return q, k, v, do, encode(quantizer, q, k, score=self.score), key_mask
 
@@ -95,6 +97,7 @@ CASES = (
     Case(name="one_key", keep=1),
     Case(name="padding", padding="some", N=4),
     Case(name="padding_all", padding="all", score="adc", causal=False),
+    Case(name="holes", padding="holes"),
     Case(name="scale", scale=0.7),
     Case(name="bf16", dtype="bfloat16", N=4, T=128, keep=16),
     Case(name="bf16_adc", dtype="bfloat16", score="adc", T=128, keep=16),

@@ -1,10 +1,12 @@
-"""Makes interpret mode quicker: what it calls back to gets NumPy arrays, not arrays of JAX."""
+"""Makes interpret mode quicker, and stands in for GPUs with few multiprocessors."""
 
 import pkgutil
 
 import jax
 import numpy as np
 import pytest
+
+from sparsax.pallas.block_sparse import attention, deal, schedule
 
 CALL = "jax._src.callback.io_callback_impl"  # private: there is no public way
 TO_INT = "jax._src.pallas.mosaic_gpu.interpret.shared_memory._to_int"
@@ -31,3 +33,31 @@ def quick_callbacks(monkeypatch):
     number = lambda x: x.item() if isinstance(x, np.ndarray) else to_int(x)
     monkeypatch.setattr(CALL, on_copies)
     monkeypatch.setattr(TO_INT, number)
+
+
+@pytest.fixture
+def fresh():
+    """No call that was traced with the constants as they are stands for one with others."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def joined(fresh, monkeypatch):
+    """On a GPU so small that long rows are cut: a list of the calls that joined their pieces."""
+    monkeypatch.setattr(schedule, "multiprocessors", lambda: 9)
+    monkeypatch.setattr(deal, "LEAST", 1)
+    monkeypatch.setattr(schedule, "LONG", 1)
+    calls, combine = [], attention.combine
+    monkeypatch.setattr(attention, "combine", lambda *x: calls.append(x) or combine(*x))
+    return calls
+
+
+@pytest.fixture
+def no_races():
+    """No kernel of the test, which is interpreted with `detect_races`, may have had a race."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # no public way
+
+    yield
+    assert not interpret_pallas_call.get_races().races_found

@@ -10,7 +10,6 @@ import pytest
 import sparsax
 from sparsax import block_sparse_attention, pallas
 from sparsax.pallas.block_sparse import config as configs
-from sparsax.pallas.block_sparse import deal, schedule
 from tests.helpers import assert_near
 from tests.pallas.cases import KERNEL_CASES, LARGE, SMALL
 
@@ -69,15 +68,15 @@ def test_kernels_match_the_reference_and_repeat_their_bits(c):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
-def test_split_rows_add_up_interpreted(monkeypatch):
+@pytest.mark.usefixtures("no_races")
+def test_split_rows_add_up_interpreted(joined):
     # On a GPU this small every column of the cross is long: it is cut, and its parts are added.
-    monkeypatch.setattr(schedule, "multiprocessors", lambda: 9)
-    monkeypatch.setattr(deal, "LEAST", 1)
-    monkeypatch.setattr(schedule, "LONG", 1)
     with pallas.interpreted(detect_races=True):
         check(next(c for c in KERNEL_CASES if c.name == "h128_mqa"))
+    assert len(joined) == 3  # of o, of dq, of dk and dv
 
 
+@pytest.mark.usefixtures("no_races")
 def test_turns_change_no_bit(monkeypatch):
     c, found = next(c for c in KERNEL_CASES if c.name == "h32"), []
     for turns in (False, True):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from sparsax import Band, CompoundPattern, compound_attention, pallas, patterns
-from sparsax.pallas.block_sparse import deal, schedule
 from sparsax.patterns import compound
 from tests.helpers import assert_near
 from tests.pallas.compound_cases import CASES, case
@@ -81,23 +80,13 @@ def test_kernels_match_the_reference_and_repeat_their_bits(c):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
-@pytest.fixture
-def fresh():
-    """No call that was traced with the constants as they are stands for one with others."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("no_races")
 @pytest.mark.slow
-def test_split_rows_of_packed_keys_add_up_interpreted(monkeypatch):
+def test_split_rows_of_packed_keys_add_up_interpreted(joined):
     # On a GPU this small the rows of packed keys are long in every sample: they are cut.
-    monkeypatch.setattr(schedule, "multiprocessors", lambda: 9)
-    monkeypatch.setattr(deal, "LEAST", 1)
-    monkeypatch.setattr(schedule, "LONG", 1)
     with pallas.interpreted(detect_races=True):
         check(case("longformer_padded_own"))
+    assert len(joined) == 3  # of o, of dq, of dk and dv
 
 
 def test_what_is_invalid_under_jit_is_nan_in_that_sample_alone():

@@ -1,5 +1,6 @@
 """The kernels lower for CUDA over the whole configuration matrix, on a machine without a GPU."""
 
+import functools
 import itertools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 import sparsax
 from sparsax import pallas
+from tests.helpers import launched
 from tests.pallas.cases import cells
 
 MATRIX = [
@@ -43,7 +45,7 @@ def test_attention_and_its_gradient_lower(features, block, dtype, masks):
         text = step.lower(lowering_platforms=("cuda",)).as_text()
     halves = 2 if features == 256 else 1  # of dk and dv
     # Rows are dealt out for each of forward, dq and dkv.
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 5 + halves
+    assert launched(text) == 5 + halves
 
 
 def in_a_scan_with_remat(q, k, v, patterns):
@@ -93,4 +95,22 @@ def test_long_rows_are_cut_unless_many_samples_keep_the_gpu_busy(samples, launch
 
     with pallas.lowering():
         text = jax.jit(jax.grad(loss)).trace(q).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == launches
+    assert launched(text) == launches
+
+
+def test_equal_layers_are_lowered_once():
+    pattern = sparsax.patterns.bigbird(256, block=64)
+    q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+
+    def loss(layers, x):
+        for _ in range(layers):
+            x = sparsax.block_sparse_attention(x, x, x, pattern, implementation="pallas")
+        return x.astype(jnp.float32).sum()
+
+    def kernels(layers):
+        with pallas.lowering():
+            step = jax.jit(jax.grad(functools.partial(loss, layers))).trace(q)
+            text = step.lower(lowering_platforms=("cuda",)).as_text()
+        return text.count("stablehlo.custom_call @mosaic_gpu")
+
+    assert kernels(3) == kernels(1) == 6

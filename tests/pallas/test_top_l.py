@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from sparsax import pallas, top_l_attention
-from sparsax.pallas.block_sparse import deal, schedule
 from sparsax.quantise import Codes
 from tests.helpers import assert_near
 from tests.top_l_cases import CASES, Case
@@ -18,6 +17,7 @@ INTERPRETED = (
     Case(name="gqa_padding", B=1, T=72, N=2, K=1, padding="every", dtype="bfloat16"),
     Case(name="two_tiles", B=1, T=150, N=1, K=1, H=64, keep=20, dtype="float16"),
     Case(name="bidirectional", B=1, T=72, N=1, K=1, H=96, causal=False, dtype="bfloat16"),
+    Case(name="holes", B=1, T=72, N=1, K=1, padding="holes", dtype="bfloat16"),
     Case(name="one_key", B=1, T=40, N=1, K=1, H=128, keep=1, dtype="bfloat16"),
 )  # fmt: skip
 SLOW = (
@@ -94,23 +94,13 @@ def test_kernels_match_the_reference_and_repeat_their_bits(c):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
-@pytest.fixture
-def fresh():
-    """No call that was traced with the constants as they are stands for one with others."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("no_races")
 @pytest.mark.slow
-def test_split_rows_add_up_interpreted(monkeypatch):
+def test_split_rows_add_up_interpreted(joined):
     # On a GPU this small the last rows of queries and the first ones of keys are long: all are cut.
-    monkeypatch.setattr(schedule, "multiprocessors", lambda: 9)
-    monkeypatch.setattr(deal, "LEAST", 1)
-    monkeypatch.setattr(schedule, "LONG", 1)
     with pallas.interpreted(detect_races=True):
         check(Case(name="split", B=1, T=300, N=2, K=1, keep=37, dtype="bfloat16"))
+    assert len(joined) == 3  # of o, of dq, of dk and dv
 
 
 @pytest.mark.slow

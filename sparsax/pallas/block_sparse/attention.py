@@ -1,4 +1,9 @@
-"""Block-sparse attention on Hopper tensor cores: prepares lists and vectors, runs the kernels."""
+"""Block-sparse attention on Hopper tensor cores: prepares lists and vectors, runs the kernels.
+
+What launches kernels is jitted, so that equal layers of a model are traced and lowered once.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +43,11 @@ def run_forward(
     what the problem's rule reads; `least` is the work that a head's lists hold at least, in units.
     """
     config = config or best_config(problem, _masked(problem, lists))
+    return _run_forward(problem, config, interpret, least, lists, ids, q, k, v)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run_forward(problem: Problem, config: Config, interpret, least: int, lists, ids, q, k, v):
     schedule, table, splits = _of_queries(problem, lists, least, interpret)
     kernel = forward_kernel(
         problem, schedule, lists.bits is not None, **config.forward.keywords, interpret=interpret
@@ -77,6 +87,15 @@ def run_backward(
     `least` is that of the lists by query and by key.
     """
     config = config or best_config(problem, _masked(problem, by_query))
+    arrays = q, k, v, o, lse, do, dlse
+    return _run_backward(problem, config, interpret, least, by_query, by_key, ids, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run_backward(
+    problem: Problem, config: Config, interpret, least: tuple[int, int], by_query, by_key, ids,
+    q, k, v, o, lse, do, dlse,
+):  # fmt: skip
     # ds = p * (dp - delta + dlse): what a row subtracts, FlashAttention-2 section 3.1.2.
     delta = [
         (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse

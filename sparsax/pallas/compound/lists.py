@@ -38,7 +38,7 @@ class _Cover(NamedTuple):
 
 
 def least_work(keys: Keys, keys_in_rows: bool) -> int:
-    """Units of work in a head's lists of bands: what data cannot make less."""
+    """Units of work in a head's lists of bands: what data cannot make less, if it is valid."""
     x = keys.problem
     if keys.pattern.token_mask is not None or not keys.pattern.bands:
         return 0

@@ -31,6 +31,7 @@ def gmm(x, w, group_sizes, bias=None, *, transpose_w: bool, interpret=None):
     return gmm_sum(((x, (w,)),), group_sizes, (bias,), **options)
 
 
+@functools.partial(jax.jit, static_argnames=("transpose_w", "activation", "interpret"))
 def gmm_sum(terms, group_sizes, biases, *, transpose_w=False, activation=None, interpret=None):
     """`activation(z)`, z the sum of `x w + bias` over the terms `(x, (w,))`; rows as of `gmm`.
 

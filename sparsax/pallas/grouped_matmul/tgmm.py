@@ -1,5 +1,6 @@
 """`out[g] = x[rows of g].T @ dy[rows of g]`: the sum runs over as many rows as the group has."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from sparsax.pallas.grouped_matmul.tables import DEPTH, ROWS, SLAB
 from sparsax.pallas.hopper import COMPUTE, WG_ROWS
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def tgmm(x, dy, group_sizes, *, interpret=None):
     """`[G, D, F]` in x's dtype, of x `[M, D]` and dy `[M, F]`; 0 for groups without rows."""
     rows = x.shape[0]

@@ -1,7 +1,9 @@
 """From arrays to the map: prepares what the two kernels read, and pools what they wrote."""
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 
 from sparsax.layouts import block_sizes
@@ -15,6 +17,7 @@ from sparsax.pallas.support import refusal, vary
 UNIT = 8  # keys: the least that a matrix in registers can be cut into
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "causal", "per_head", "pool", "interpret"))
 def score_map(q, k, q_ids, kv_ids, *, scale, causal, per_head, pool, interpret=None):
     """Mean softmax probabilities, float32 `[P, T, S]`, or the means of its blocks `[P, I, J]`.
 

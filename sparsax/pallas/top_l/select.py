@@ -4,6 +4,8 @@ Gui et al., "SPT" (arXiv 2312.10365), section 4.1. A thread holds a query and wa
 first it counts how many reach each score, then it looks for the first of the equal ones to be kept.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,6 +24,7 @@ ONES = 0x11111111
 VECTOR = plgpu.Layout.WG_STRIDED((ROWS,), vec_size=1)  # a number per thread
 
 
+@functools.partial(jax.jit, static_argnames=("keep", "causal", "interpret"))
 def select(
     codes: Codes, key_mask: Bool[Array, "B S"] | None, *, keep: int, causal: bool, interpret=None
 ) -> tuple[Int[Array, "B T N"], Int[Array, "B T N"]]:

@@ -1,5 +1,6 @@
 """Products with tiled factors: two batched matmuls, or one fused kernel."""
 
+import functools
 import typing
 
 import jax
@@ -51,11 +52,17 @@ def tsvd_forward(
 ):  # fmt: skip
     """`activation(x w + bias)` `[M, J*C]`, w given by the factors of its tiles."""
     schedule = schedule or best_schedule(len(x), u, v)
+    return _forward(x, u, v, bias, activation, schedule, interpret)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _forward(x, u, v, bias, activation: str | None, schedule: Schedule, interpret):
     run = fused.forward if schedule == "fused" else products.forward
     y = run(x, u, v, bias, activation=activation, interpret=interpret)
     return vary(y, (x, u, v, bias))
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def tsvd_backward(x, u, v, dy, *, interpret=None):
     """`(dx, du, dv)`; the product `x u` is computed again."""
     return vary(products.backward(x, u, v, dy, interpret=interpret), (x, u, v, dy))
