@@ -16,6 +16,7 @@ from sparsax.routing import (
     update_bias,
     utilisation,
 )
+from sparsax.routing.plan import _by_counts, _by_sorting
 from sparsax.routing.split import exchange, place
 from tests.helpers import assert_near
 
@@ -37,7 +38,8 @@ def plain_plan(p, k, mask=None):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "num_blocks", "k"), [(1, 1, 1), (7, 3, 1), (50, 4, 2), (33, 9, 9)]
+    ("tokens", "num_blocks", "k"),
+    [(1, 1, 1), (7, 3, 1), (50, 4, 2), (33, 9, 9), (40, 16, 5), (40, 17, 5)],
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_plan_is_what_plain_python_says(tokens, num_blocks, k, masked):
@@ -54,6 +56,28 @@ def test_a_plan_is_what_plain_python_says(tokens, num_blocks, k, masked):
     real = np.ones(tokens, bool) if mask is None else np.asarray(mask)
     np.testing.assert_array_equal(plan.mask(), real)
     np.testing.assert_array_equal(plan.coefficients, np.repeat(real, k).reshape(-1, k))
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 1000, 40_000])
+@pytest.mark.parametrize("num_groups", [1, 3, 70])
+def test_both_ways_to_sort_say_where_each_number_stands(size, num_groups):
+    groups = np.random.default_rng(size).integers(0, num_groups, size).astype(np.int32)
+    want = np.empty(size, int)
+    want[np.argsort(groups, kind="stable")] = np.arange(size)
+    for by in (_by_counts, _by_sorting):
+        position, sizes = jax.jit(by, static_argnums=1)(groups, num_groups)
+        assert (position.dtype, sizes.dtype) == (jnp.int32, jnp.int32)
+        np.testing.assert_array_equal(position, want)
+        np.testing.assert_array_equal(sizes, np.bincount(groups, minlength=num_groups))
+
+
+@pytest.mark.parametrize("num_blocks", [8, 24])
+def test_tokens_without_a_number_still_choose_different_blocks(num_blocks):
+    p = probabilities(6, num_blocks).at[2].set(jnp.nan).at[4, 1].set(jnp.nan)
+    plan = route_top_k(p, 3)
+    assert all(len(set(row)) == 3 for row in plan.blocks.tolist())
+    assert int(plan.group_sizes.sum()) == 18
+    np.testing.assert_array_equal(jnp.sort(plan.position), np.arange(18))
 
 
 def test_leading_axes_make_one_plan():

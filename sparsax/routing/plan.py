@@ -1,15 +1,19 @@
 """Token choice: every token picks its blocks, and the choices are sorted by block."""
 
 import dataclasses
+import functools
 import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsax.typing import ArrayLike
 
 Coefficient = typing.Literal["straight_through", "spt"]
+CHUNK, MOST_CHUNKS = 128, 256  # of what is sorted: numbers of one at least, and how many
+FEW = 16  # blocks
 Scaled = typing.Literal["output", "products"]
 
 
@@ -109,7 +113,7 @@ def route_top_k(
     """
     num_blocks, shape = _checked(probabilities, k, mask, bias, coefficient)
     scores = probabilities if bias is None else probabilities + bias
-    blocks = jnp.sort(jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1].astype(jnp.int32))
+    blocks = _best(jax.lax.stop_gradient(scores), k)
     p = jnp.take_along_axis(probabilities.astype(jnp.float32), blocks, axis=-1)
     if coefficient == "spt":
         coefficients = 2.0 * p
@@ -120,18 +124,62 @@ def route_top_k(
     if mask is not None:
         blocks = jnp.where(mask[..., None], blocks, num_blocks)
         coefficients = jnp.where(mask[..., None], coefficients, 0.0)
-    flat = blocks.reshape(-1)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    position = (
-        jnp.zeros_like(order)
-        .at[order]
-        .set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
+    groups = blocks.reshape(-1), num_blocks + 1
+    position, sizes = jax.lax.platform_dependent(
+        groups[0], cuda=functools.partial(_by_counts, num_groups=groups[1]),
+        default=functools.partial(_by_sorting, num_groups=groups[1]),
+    )  # fmt: skip
+    order = (
+        jnp.zeros_like(position)
+        .at[position]
+        .set(jnp.arange(position.size, dtype=jnp.int32), unique_indices=True)
     )
-    group_sizes = (flat[:, None] == jnp.arange(num_blocks)).sum(0, dtype=jnp.int32)
     return RoutingPlan(
-        blocks.reshape(*shape, k), coefficients, order, position, group_sizes,
+        blocks.reshape(*shape, k), coefficients, order, position, sizes[:num_blocks],
         scaled="products" if coefficient == "spt" else "output",
     )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _best(scores: Float[Array, "*B G"], k: int) -> Int[Array, "*B k"]:
+    """The k best of each row, ascending; of equal scores those of lower index."""
+    num_blocks = scores.shape[-1]
+    if num_blocks > FEW:
+        return jnp.sort(jax.lax.top_k(scores, k)[1].astype(jnp.int32))
+    # Compared one by one, which is one kernel where sorting takes three.
+    score = [scores[..., g] for g in range(num_blocks)]
+    found, slot = [jnp.zeros(scores.shape[:-1], jnp.int32)] * k, jnp.int32(0)
+    for g in range(num_blocks):
+        better = [a >= score[g] for a in score[:g]] + [a > score[g] for a in score[g + 1 :]]
+        chosen = sum((x.astype(jnp.int32) for x in better), jnp.int32(0)) < k
+        found = [jnp.where(chosen & (slot == j), g, x) for j, x in enumerate(found)]
+        slot += chosen.astype(jnp.int32)
+    return jnp.stack(found, -1)
+
+
+def _by_sorting(groups: Int[Array, " M"], num_groups: int) -> tuple[Array, Array]:
+    """Where each number stands when they are sorted, equal ones in order; how many are equal."""
+    order = jnp.argsort(groups, stable=True)
+    each = jnp.arange(groups.size, dtype=jnp.int32)
+    position = jnp.zeros_like(groups).at[order].set(each, unique_indices=True)
+    return position, (groups[:, None] == jnp.arange(num_groups)).sum(0, dtype=jnp.int32)
+
+
+def _by_counts(groups: Int[Array, " M"], num_groups: int) -> tuple[Array, Array]:
+    """The same by counts of chunks: a GPU would sort in many passes, and there are few groups."""
+    length = max(CHUNK, 1 << (groups.size // MOST_CHUNKS).bit_length())
+    chunks = jnp.pad(groups, (0, -groups.size % length), constant_values=num_groups)
+    chunks = chunks.reshape(-1, length)
+    each = jnp.arange(num_groups)
+    counts = (chunks[:, :, None] == each).sum(1, dtype=jnp.int32)  # of chunks and groups
+    sizes = counts.sum(0)
+    earlier = np.tri(len(chunks), k=-1, dtype=np.int32)  # chunks before each
+    lower = np.tri(num_groups, k=-1, dtype=np.int32)
+    begin = (lower * sizes).sum(1) + (earlier[:, :, None] * counts).sum(1)
+    before = np.tri(length, k=-1, dtype=bool)
+    rank = ((chunks[:, :, None] == chunks[:, None]) & before).sum(2, dtype=jnp.int32)
+    position = rank + jnp.take_along_axis(begin, jnp.minimum(chunks, num_groups - 1), 1)
+    return position.reshape(-1)[: groups.size], sizes
 
 
 def _checked(probabilities, k, mask, bias, coefficient) -> tuple[int, tuple[int, ...]]:
