@@ -31,6 +31,7 @@ PATTERNS = {
     "causal": lambda: compound.longformer(
         L, window=256, positions=POSITIONS, causal=True, token_mask=np.ones((1, L), bool)
     ),
+    "bigbird": lambda: compound.bigbird(L, block=64),
     "blocks": lambda: CompoundPattern.from_parts(
         L, blocks=patterns.random(L, blocks_per_row=3, block=64), columns=POSITIONS
     ),

@@ -17,9 +17,10 @@ SPILLS = {
     96: {"forward": 56, "dkv": 56},
     128: {"forward": 76, "dq": 68, "dkv": 252},
 }
+OF_BITS = {32: {"dkv": 16}, 64: {"dq": 8}, 96: {"dkv": 40}, 128: {"dkv": 160}}  # without a rule
 
 
-@pytest.mark.parametrize("pattern", ["longformer", "causal", "blocks"])
+@pytest.mark.parametrize("pattern", ["longformer", "causal", "blocks", "bigbird"])
 @pytest.mark.parametrize("features", [32, 64, 96, 128])
 def test_products_overlap_and_registers_do_not_spill(features, pattern):
     module, root = "tests.pallas.compile_compound", Path(__file__).parents[2]
@@ -32,5 +33,6 @@ def test_products_overlap_and_registers_do_not_spill(features, pattern):
     kernels = set(re.findall(r"Function properties for block_sparse_(\w+?)_mosaic", said))
     assert kernels == {"deal", "forward", "dq", "dkv", "combine"}
     assert not SERIALISED.search(said)
+    most = OF_BITS if pattern == "bigbird" else SPILLS
     for kernel, spilled in SPILL.findall(said):
-        assert int(spilled) <= SPILLS.get(features, {}).get(kernel, 0), kernel
+        assert int(spilled) <= most.get(features, {}).get(kernel, 0), kernel
