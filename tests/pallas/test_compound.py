@@ -82,8 +82,10 @@ def test_kernels_match_the_reference_and_repeat_their_bits(c):
 
 @pytest.mark.usefixtures("no_races")
 @pytest.mark.slow
-def test_split_rows_of_packed_keys_add_up_interpreted(joined):
-    # On a GPU this small the rows of packed keys are long in every sample: they are cut.
+def test_split_rows_of_packed_keys_add_up_interpreted(joined, monkeypatch):
+    # On a GPU this small the rows of packed keys are long in every sample: they are cut, if nobody
+    # expects other rows to outlast them.
+    monkeypatch.setattr("sparsax.pallas.compound.attention.expected_work", lambda *_, **__: 0)
     with pallas.interpreted(detect_races=True):
         check(case("longformer_padded_own"))
     assert len(joined) == 3  # of o, of dq, of dk and dv

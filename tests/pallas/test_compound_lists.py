@@ -9,8 +9,8 @@ from sparsax.pallas.block_sparse.problem import whole_tiles
 from sparsax.pallas.block_sparse.schedule import units
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.compound.keys import Keys, problem_of
-from sparsax.pallas.compound.lists import key_lists, least_work, query_lists
-from tests.pallas.compound_cases import CASES
+from sparsax.pallas.compound.lists import expected_work, key_lists, query_lists
+from tests.pallas.compound_cases import CASES, case
 
 
 def admitted(c, keys_in_rows):
@@ -106,16 +106,33 @@ def test_every_pair_is_computed_once(c, keys_in_rows):
     np.testing.assert_array_equal(total, np.broadcast_to(want, total.shape).astype(int))
 
 
-@pytest.mark.parametrize("keys_in_rows", [False, True])
-@pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
-def test_lists_hold_the_least_work_and_that_of_bands_is_some(c, keys_in_rows):
+def work_of(c, keys_in_rows):
+    """The units of work that are expected, and those of each list."""
     q, k, *_ = c.inputs()
     pattern = c.pattern()
-    keys = Keys(problem_of(q, k, pattern, 1.0, c.own), pattern)
-    block = keys.problem.block_q if keys_in_rows else keys.problem.block_kv
-    lists = (key_lists if keys_in_rows else query_lists)(keys)
-    listed = units(np.maximum(np.asarray(lists.count), 0), block).sum(-1)
-    least = least_work(keys, keys_in_rows)
-    assert (least > 0) == (bool(pattern.bands) and pattern.token_mask is None)
-    valid = np.broadcast_to(pattern.valid(), (keys.problem.samples, keys.problem.P)).ravel()
-    assert (valid * least <= listed).all()
+    x = problem_of(q, k, pattern, 1.0, c.own)
+    make = key_lists if keys_in_rows else query_lists
+    count = jax.jit(lambda pattern: make(Keys(x, pattern)).count)(pattern)
+    listed = units(np.maximum(np.asarray(count), 0), x.block_q if keys_in_rows else x.block_kv)
+    return expected_work(Keys(x, pattern), keys_in_rows), listed.sum(-1)
+
+
+@pytest.mark.parametrize("keys_in_rows", [False, True])
+@pytest.mark.parametrize(
+    "name", ["window", "window_causal", "bands_that_overlap", "vertical_slash"]
+)
+def test_expected_work_of_bands_is_in_the_lists(name, keys_in_rows):
+    expected, listed = work_of(case(name), keys_in_rows)
+    packed = case(name).pattern().columns.shape[-1]
+    assert expected > 0
+    assert (expected == listed).all() if packed == 0 else (expected < listed).all()
+
+
+@pytest.mark.parametrize("keys_in_rows", [False, True])
+def test_expected_work_of_blocks_is_that_of_full_lists(keys_in_rows):
+    expected, listed = work_of(case("bigbird"), keys_in_rows)
+    assert listed.max() / 2 < expected < 2 * listed.max()
+
+
+def test_no_work_is_expected_where_only_data_says():
+    assert work_of(case("columns"), False)[0] == work_of(case("rows"), True)[0] == 0

@@ -179,7 +179,7 @@ def test_copies_that_keep_the_gpu_busy_leave_rows_whole():
     assert table.shape == (1 + 4 * 64,)
 
 
-def test_no_row_is_cut_that_the_least_work_outlasts():
+def test_no_row_is_cut_that_the_expected_work_outlasts():
     share = multiprocessors()  # units of a head where as many as a row's fall on each
     cut, whole = Schedule(1, 33, 32, 32, share - 1), Schedule(1, 33, 32, 32, share)
     assert cut.extra > 0

@@ -34,21 +34,21 @@ def forward(
 
 def run_forward(
     problem: Problem, lists: TileLists, ids, q, k, v, config: Config | None, interpret,
-    least: int = 0,
+    expected: int = 0,
 ):  # fmt: skip
     """`forward` over the lists of row tiles: of each array in q an o and an lse.
 
     q, k and v are lists of arrays that stand behind each other: queries and global rows; keys,
     packed keys and those of global rows. `ids` are those of queries and keys, `(None, None)` or
-    what the problem's rule reads; `least` is the work that a head's lists hold at least, in units.
+    what the problem's rule reads; `expected` is the work of a head's lists, if known, in units.
     """
     config = config or best_config(problem, _masked(problem, lists))
-    return _run_forward(problem, config, interpret, least, lists, ids, q, k, v)
+    return _run_forward(problem, config, interpret, expected, lists, ids, q, k, v)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run_forward(problem: Problem, config: Config, interpret, least: int, lists, ids, q, k, v):
-    schedule, table, splits = _of_queries(problem, lists, least, interpret)
+def _run_forward(problem: Problem, config: Config, interpret, expected: int, lists, ids, q, k, v):
+    schedule, table, splits = _of_queries(problem, lists, expected, interpret)
     kernel = forward_kernel(
         problem, schedule, lists.bits is not None, **config.forward.keywords, interpret=interpret
     )
@@ -80,20 +80,20 @@ def backward(
 
 def run_backward(
     problem: Problem, by_query: TileLists, by_key: TileLists, ids, q, k, v, o, lse, do, dlse,
-    config: Config | None, interpret, least: tuple[int, int] = (0, 0),
+    config: Config | None, interpret, expected: tuple[int, int] = (0, 0),
 ):  # fmt: skip
     """`backward` over the lists of row tiles, of lists of arrays as `run_forward` takes them.
 
-    `least` is that of the lists by query and by key.
+    `expected` is that of the lists by query and by key.
     """
     config = config or best_config(problem, _masked(problem, by_query))
     arrays = q, k, v, o, lse, do, dlse
-    return _run_backward(problem, config, interpret, least, by_query, by_key, ids, *arrays)
+    return _run_backward(problem, config, interpret, expected, by_query, by_key, ids, *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run_backward(
-    problem: Problem, config: Config, interpret, least: tuple[int, int], by_query, by_key, ids,
+    problem: Problem, config: Config, interpret, expected: tuple[int, int], by_query, by_key, ids,
     q, k, v, o, lse, do, dlse,
 ):  # fmt: skip
     # ds = p * (dp - delta + dlse): what a row subtracts, FlashAttention-2 section 3.1.2.
@@ -108,7 +108,7 @@ def _run_backward(
     q, k, v, do = ([_copyable(x) for x in each] for each in (q, k, v, do))
     arrays = *q, *k, *v, *do, _behind(lse, jnp.inf), _behind(delta, 0.0)
 
-    schedule, table, splits = _of_queries(problem, by_query, least[0], interpret)
+    schedule, table, splits = _of_queries(problem, by_query, expected[0], interpret)
     kernel = dq_kernel(
         problem, schedule, by_query.bits is not None, **config.dq.keywords, interpret=interpret
     )
@@ -118,13 +118,13 @@ def _run_backward(
         (dq,), _ = combine(
             schedule, problem.samples, splits, parts, [list(dq)], problem.q_starts, None, interpret
         )
-    dk, dv = _of_keys(problem, config.dkv, by_key, ids, arrays, least[1], interpret)
+    dk, dv = _of_keys(problem, config.dkv, by_key, ids, arrays, expected[1], interpret)
     lengths = problem.q_lengths, problem.kv_lengths, problem.kv_lengths
     gradients = tuple(map(_cut, (dq, dk, dv), lengths))
     return vary(gradients, (arrays, by_query, by_key, ids))
 
 
-def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, least: int, interpret):
+def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, expected: int, interpret):
     """`dk, dv`, a list of arrays each, split rows and all."""
     rows, samples, starts = lists.count.shape[1], problem.samples, problem.kv_starts
     owners = min(problem.P, problem.K)  # of one sample
@@ -132,8 +132,8 @@ def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, least: int
     queries = problem.N // max(problem.P, problem.K)  # heads of a kv head that walk one list
     longest = queries * work.shape[1] * units(lists.cols.shape[-1], problem.block_q)
     copies = problem.B // samples * (problem.K // owners)
-    least *= queries * work.shape[1]
-    schedule = Schedule(samples * owners, rows, copies, longest, least)
+    expected *= queries * work.shape[1]
+    schedule = Schedule(samples * owners, rows, copies, longest, expected)
     table, splits = deal(schedule, queries * work.sum(1), interpret=interpret)
     operands = *_operands(lists, table, ids), *arrays
     found = []
@@ -153,12 +153,12 @@ def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, least: int
     return jax.tree.map(lambda *halves: jnp.concatenate(halves, -1), *found)
 
 
-def _of_queries(problem: Problem, lists: TileLists, least: int, interpret):
+def _of_queries(problem: Problem, lists: TileLists, expected: int, interpret):
     """The schedule of the forward pass and of dQ, its table and that of split rows."""
     work = units(jnp.maximum(lists.count, 0), problem.block_kv)
     longest = units(lists.cols.shape[-1], problem.block_kv)
     copies = problem.B // problem.samples * (problem.N // problem.P)
-    schedule = Schedule(problem.owners, work.shape[1], copies, longest, least)
+    schedule = Schedule(problem.owners, work.shape[1], copies, longest, expected)
     return schedule, *deal(schedule, work, lists.full, lists.count, interpret=interpret)
 
 

@@ -49,17 +49,17 @@ def units(entries, block: int):
 class Schedule:
     """How row tiles are dealt to thread blocks.
 
-    Each of `owners` heads has `tiles` row tiles, of `longest` units of work at most and `least`
-    together at least, done for each of `copies` (samples, and heads that share the pattern). Where
-    rows may be long and are few, one of more than its fair share of the work is cut into pieces,
-    whose sums are added later, in order.
+    Each of `owners` heads has `tiles` row tiles, of `longest` units of work at most and `expected`
+    together as far as that is known without the data, done for each of `copies` (samples, and heads
+    that share the pattern). Where rows may be long and are few, one of more than its fair share of
+    the work is cut into pieces, whose sums are added later, in order.
     """
 
     owners: int
     tiles: int
     copies: int
     longest: int
-    least: int = 0
+    expected: int = 0
 
     @property
     def rows(self) -> int:
@@ -71,11 +71,11 @@ class Schedule:
         """Pieces that cutting may add: every piece of a row but its last is a whole share.
 
         0, and nothing is cut, where the copies of a row alone keep the GPU busy, or where no row
-        lasts longer than all the work does in any case: the longest start first.
+        should last longer than all the work does: the longest start first.
         """
         if self.longest < LONG or self.copies >= multiprocessors():
             return 0
-        if self.longest * multiprocessors() <= self.least * self.owners * self.copies:
+        if self.longest * multiprocessors() <= self.expected * self.owners * self.copies:
             return 0
         return PIECES * multiprocessors() // self.copies
 

@@ -37,14 +37,25 @@ class _Cover(NamedTuple):
     bits: Any  # listed row blocks; None without blocks
 
 
-def least_work(keys: Keys, keys_in_rows: bool) -> int:
-    """Units of work in a head's lists of bands: what data cannot make less, if it is valid."""
-    x = keys.problem
-    if keys.pattern.token_mask is not None or not keys.pattern.bands:
-        return 0
-    bands = dataclasses.replace(keys.pattern, blocks=None)
-    present = _cover(x, bands, keys_in_rows).present[0]
-    return int(units(present.sum(-1), x.block_q if keys_in_rows else x.block_kv).sum())
+def expected_work(keys: Keys, keys_in_rows: bool) -> int:
+    """Units of work in a head's lists of bands and blocks, as far as no data says.
+
+    As if nothing were padding, and every list of blocks as long as its capacity.
+    """
+    x, pattern, blocks = keys.problem, keys.pattern, keys.pattern.blocks
+    bands = _cover(x, dataclasses.replace(pattern, blocks=None), keys_in_rows).present[0]
+    total = int(units(bands.sum(-1), x.block_q if keys_in_rows else x.block_kv).sum())
+    if blocks is None:
+        return total
+
+    def full(indices, block_row: int, block_col: int) -> int:
+        entries = min(-(-x.T // block_col), ROWS // block_row * indices.shape[-1])
+        return -(-x.T // ROWS) * units(entries, block_col)
+
+    # Both say which pairs there are, and the one with the lower capacity says it better.
+    sizes = x.block_q, x.block_kv
+    of_blocks = min(full(blocks.kv_indices, *sizes), full(blocks.q_indices, *sizes[::-1]))
+    return total + (of_blocks // 2 if pattern.causal else of_blocks)
 
 
 def query_lists(keys: Keys) -> TileLists:
