@@ -55,9 +55,19 @@ def joined(fresh, monkeypatch):
 
 
 @pytest.fixture
-def no_races():
-    """No kernel of the test, which is interpreted with `detect_races`, may have had a race."""
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # no public way
+def races(monkeypatch):
+    """What the race detector kept of each interpreted kernel: by itself it keeps the last one's."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # no public way
 
+    kept, make = [], gpu_callbacks.GPURaceDetectionState
+    keep = lambda **options: kept.append(make(**options)) or kept[-1]
+    monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", keep)
+    return kept
+
+
+@pytest.fixture
+def no_races(races):
+    """No kernel of the test, which interprets some with `detect_races`, may have had a race."""
     yield
-    assert not interpret_pallas_call.get_races().races_found
+    assert races
+    assert not any(kernel.races_found for kernel in races)

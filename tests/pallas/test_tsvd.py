@@ -102,32 +102,25 @@ def test_the_fused_kernel_matches_the_reference(c, monkeypatch):
 RACING = Case(name="races", M=(330,), D=192, F=256, tile=64, rank=64, dtype="bfloat16")
 
 
-@pytest.mark.usefixtures("few_blocks")
+@pytest.mark.usefixtures("few_blocks", "no_races")
 def test_no_races_forward(schedule):
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # no public way
-
     with pallas.interpreted(detect_races=True):
         forward_is_near(dataclasses.replace(RACING, M=(200,) if schedule == "fused" else (330,)))
-    assert not interpret_pallas_call.get_races().races_found
 
 
-@pytest.mark.parametrize("gradient", [0, 1, 2], ids=["dx", "du", "dv"])
-@pytest.mark.usefixtures("few_blocks")
-def test_no_races_backward(gradient):  # one at a time: races of the last kernel alone are kept
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
+@pytest.mark.usefixtures("few_blocks", "no_races")
+def test_no_races_backward():
     c = dataclasses.replace(RACING, F=128)
     x, factors, _, dy = c.inputs()
     arguments = x, factors.u, factors.v, dy
     with pallas.interpreted(detect_races=True):
-        run = lambda *a: pallas.tsvd_backward(*a, interpret=pallas.interpret())[gradient]
+        run = lambda *a: pallas.tsvd_backward(*a, interpret=pallas.interpret())
         got = jax.block_until_ready(jax.jit(run)(*arguments))
-    assert not interpret_pallas_call.get_races().races_found
     wide = jax.tree.map(lambda leaf: leaf.astype("float32"), (x, factors, dy))
     _, pull = jax.vjp(lambda x, f: tsvd_matmul(x, f, implementation="reference"), *wide[:2])
     dx, dfactors = pull(wide[2])
-    want = (dx, dfactors.u, dfactors.v)[gradient]
-    assert_near(got, want, TOLERANCES["bfloat16"].gradient, "gradient")
+    for name, one, want in zip(("dx", "du", "dv"), got, (dx, dfactors.u, dfactors.v), strict=True):
+        assert_near(one, want, TOLERANCES[c.dtype].gradient, name)
 
 
 @pytest.mark.gpu
