@@ -8,8 +8,9 @@ import pytest
 from sparsax.pallas.block_sparse.problem import whole_tiles
 from sparsax.pallas.block_sparse.schedule import units
 from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.compound.cover import expected_work
 from sparsax.pallas.compound.keys import Keys, problem_of
-from sparsax.pallas.compound.lists import expected_work, key_lists, query_lists
+from sparsax.pallas.compound.lists import key_lists, query_lists
 from tests.pallas.compound_cases import CASES, case
 
 
@@ -114,7 +115,7 @@ def work_of(c, keys_in_rows):
     make = key_lists if keys_in_rows else query_lists
     count = jax.jit(lambda pattern: make(Keys(x, pattern)).count)(pattern)
     listed = units(np.maximum(np.asarray(count), 0), x.block_q if keys_in_rows else x.block_kv)
-    return expected_work(Keys(x, pattern), keys_in_rows), listed.sum(-1)
+    return expected_work(x, pattern, keys_in_rows), listed.sum(-1)
 
 
 @pytest.mark.parametrize("keys_in_rows", [False, True])

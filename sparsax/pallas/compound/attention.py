@@ -7,8 +7,9 @@ from sparsax.pallas import support
 from sparsax.pallas.block_sparse.attention import run_backward, run_forward
 from sparsax.pallas.block_sparse.config import Config
 from sparsax.pallas.block_sparse.places import STRIDE
+from sparsax.pallas.compound.cover import expected_work
 from sparsax.pallas.compound.keys import BLOCK, Keys, poison, problem_of
-from sparsax.pallas.compound.lists import expected_work, key_lists, query_lists
+from sparsax.pallas.compound.lists import key_lists, query_lists
 
 
 def refusal(q, pattern: CompoundPattern) -> str | None:
@@ -41,7 +42,7 @@ def forward(
     qs, ks, vs = _arrays(keys, q, k, v, own)
     (o, *rows), lse = run_forward(
         problem, query_lists(keys), keys.places, qs, ks, vs, config, interpret,
-        expected_work(keys, keys_in_rows=False),
+        expected_work(problem, pattern, keys_in_rows=False),
     )  # fmt: skip
     if rows:
         o = pattern.put_rows(o, rows[0][:, : pattern.rows.shape[-1]])
@@ -69,9 +70,10 @@ def backward(
         lse = [jnp.where(pattern.is_row()[:, None], -jnp.inf, lse[0]), lse[1]]
         os, dos = ([x, _rows(keys, pattern.take_rows(x))] for x in (o, do))
     qs, ks, vs = _arrays(keys, q, k, v, own)
+    work = lambda keys_in_rows: expected_work(problem, pattern, keys_in_rows)
     (dq, *of_rows), dk, dv = run_backward(
         problem, query_lists(keys), key_lists(keys), keys.places, qs, ks, vs, os, lse, dos, 0.0,
-        config, interpret, (expected_work(keys, False), expected_work(keys, True)),
+        config, interpret, (work(False), work(True)),
     )  # fmt: skip
     of_own = [None, None, None]
     if problem.rows:

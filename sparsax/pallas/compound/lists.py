@@ -4,16 +4,13 @@ Bands are static, so without blocks the lists are constants, and only how many o
 sample uses is computed: packed columns stand last. Blocks are data, and then so are the lists.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from sparsax.compound import CompoundPattern
-from sparsax.pallas.block_sparse.problem import Problem
-from sparsax.pallas.block_sparse.schedule import units
 from sparsax.pallas.block_sparse.tiles import ROWS, TileLists
+from sparsax.pallas.compound.cover import Cover, cover
 from sparsax.pallas.compound.keys import Keys, joined, mark_invalid
 
 
@@ -29,41 +26,12 @@ class _Lists(NamedTuple):
     bits: Any = None
 
 
-class _Cover(NamedTuple):
-    """What bands and blocks hold of row tiles and column blocks, `[1 or P, R, C]`."""
-
-    present: Any  # some pair
-    whole: Any  # all pairs
-    bits: Any  # listed row blocks; None without blocks
-
-
-def expected_work(keys: Keys, keys_in_rows: bool) -> int:
-    """Units of work in a head's lists of bands and blocks, as far as no data says.
-
-    As if nothing were padding, and every list of blocks as long as its capacity.
-    """
-    x, pattern, blocks = keys.problem, keys.pattern, keys.pattern.blocks
-    bands = _cover(x, dataclasses.replace(pattern, blocks=None), keys_in_rows).present[0]
-    total = int(units(bands.sum(-1), x.block_q if keys_in_rows else x.block_kv).sum())
-    if blocks is None:
-        return total
-
-    def full(indices, block_row: int, block_col: int) -> int:
-        entries = min(-(-x.T // block_col), ROWS // block_row * indices.shape[-1])
-        return -(-x.T // ROWS) * units(entries, block_col)
-
-    # Both say which pairs there are, and the one with the lower capacity says it better.
-    sizes = x.block_q, x.block_kv
-    of_blocks = min(full(blocks.kv_indices, *sizes), full(blocks.q_indices, *sizes[::-1]))
-    return total + (of_blocks // 2 if pattern.causal else of_blocks)
-
-
 def query_lists(keys: Keys) -> TileLists:
     """Row tiles of queries over blocks of keys, then of packed keys; and of global rows."""
     x, pattern = keys.problem, keys.pattern
     packed = x.packed // x.block_kv
-    cover = _cover(x, pattern, keys_in_rows=False)
-    lists = _ordered(cover, packed, x.packed_from // x.block_kv if packed else 0)
+    held = cover(x, pattern, keys_in_rows=False)
+    lists = _ordered(held, packed, x.packed_from // x.block_kv if packed else 0)
     rows = lists.cols.shape[1]
     seen = -(-jnp.maximum(pattern.num_columns, 0)[:, None] // x.block_kv)  # blocks in use
     if pattern.causal:  # and packed keys ascend
@@ -103,8 +71,8 @@ def key_lists(keys: Keys) -> TileLists:
     """Row tiles of keys over blocks of queries, then of global rows; and of other keys."""
     x, pattern = keys.problem, keys.pattern
     asked = 0 if x.own else x.rows // x.block_q
-    cover = _cover(x, pattern, keys_in_rows=True)
-    lists = _ordered(cover, asked, x.rows_from // x.block_q)
+    held = cover(x, pattern, keys_in_rows=True)
+    lists = _ordered(held, asked, x.rows_from // x.block_q)
     full, count = lists.full, lists.count
     if (special := _special(keys)) is not None:
         full = jnp.where(_some(special, ROWS)[:, None], 0, full)
@@ -207,52 +175,17 @@ def _some(chosen, size: int):
     return chosen.reshape(len(chosen), -1, size).any(-1)
 
 
-def _ordered(cover: _Cover, packed: int = 0, packed_from: int = 0) -> _Lists:
+def _ordered(held: Cover, packed: int = 0, packed_from: int = 0) -> _Lists:
     """Whole blocks first, then others, then all packed ones, which the counts leave out."""
-    xp = _xp(cover.present)
-    heads, rows, blocks = cover.present.shape
-    rank = xp.where(cover.whole, 0, xp.where(cover.present, 1, 3))
+    xp = _xp(held.present)
+    heads, rows, blocks = held.present.shape
+    rank = xp.where(held.whole, 0, xp.where(held.present, 1, 3))
     rank = xp.concatenate([rank, xp.full((heads, rows, packed), 2)], -1)
     width = rank.shape[-1] if xp is jnp else max(1, int((rank < 3).sum(-1).max()))
     order = xp.argsort(rank, axis=-1, stable=True)[..., :width]
-    bits = cover.bits
+    bits = held.bits
     if bits is not None:
         widths = (0, 0), (0, 0), (0, packed)  # what no rule asks about is seen by all rows
         bits = jnp.take_along_axis(jnp.pad(bits, widths, constant_values=-1), order, -1)
     cols = xp.where(order < blocks, order, order - blocks + packed_from)
     return _Lists((rank == 0).sum(-1)[None], (rank < 2).sum(-1)[None], cols, bits)
-
-
-def _cover(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> _Cover:
-    block_row, block_col = (x.block_kv, x.block_q) if keys_in_rows else (x.block_q, x.block_kv)
-    first_row = np.arange(0, x.T, ROWS)[:, None]
-    first_col = np.arange(0, x.T, block_col)
-    low = first_col - np.minimum(first_row + ROWS, x.T) + 1  # least column - row of a tile
-    high = np.minimum(first_col + block_col, x.T) - 1 - first_row
-    # A key that no query sees must be masked; a query past the end has probability 0 anyhow.
-    complete = keys_in_rows | (first_col + block_col <= x.T)
-    present = whole = np.zeros(low.shape, bool)
-    for band in pattern.bands:
-        before, after = (band.right, band.left) if keys_in_rows else (band.left, band.right)
-        present = present | ((high >= -before) & (low <= after))
-        whole = whole | ((low >= -before) & (high <= after) & complete)
-    if pattern.blocks is None:
-        return _Cover(present[None], whole[None], None)
-
-    mask = pattern.blocks.to_block_mask()
-    mask = mask.swapaxes(1, 2) if keys_in_rows else mask
-    (heads, num_rows, num_cols), tiles = mask.shape, len(first_row)
-    ragged = (0, 0), (0, tiles * (ROWS // block_row) - num_rows), (0, 0)
-    cut = lambda fill: jnp.pad(mask, ragged, constant_values=fill).reshape(
-        heads, tiles, ROWS // block_row, num_cols
-    )
-    some, every = np.ones(low.shape, bool), complete
-    if pattern.causal:
-        some, every = (high >= 0, low >= 0) if keys_in_rows else (low <= 0, high <= 0)
-        every &= complete
-    shifts = jnp.arange(ROWS // block_row)[:, None]
-    return _Cover(
-        present | (cut(False).any(2) & some),
-        whole | (cut(True).all(2) & every),
-        (cut(False).astype(jnp.int32) << shifts).sum(2),
-    )

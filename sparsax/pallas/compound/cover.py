@@ -1,0 +1,77 @@
+"""Which column blocks the bands and blocks of a pattern hold, row tile by row tile."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparsax.compound import CompoundPattern
+from sparsax.pallas.block_sparse.problem import Problem
+from sparsax.pallas.block_sparse.schedule import units
+from sparsax.pallas.block_sparse.tiles import ROWS
+
+
+class Cover(NamedTuple):
+    """What bands and blocks hold of row tiles and column blocks, `[1 or P, R, C]`."""
+
+    present: Any  # some pair
+    whole: Any  # all pairs
+    bits: Any  # listed row blocks; None without blocks
+
+
+def cover(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> Cover:
+    """The cover by queries, or by keys; NumPy's without blocks, which are data."""
+    block_row, block_col = (x.block_kv, x.block_q) if keys_in_rows else (x.block_q, x.block_kv)
+    first_row = np.arange(0, x.T, ROWS)[:, None]
+    first_col = np.arange(0, x.T, block_col)
+    low = first_col - np.minimum(first_row + ROWS, x.T) + 1  # least column - row of a tile
+    high = np.minimum(first_col + block_col, x.T) - 1 - first_row
+    # A key that no query sees must be masked; a query past the end has probability 0 anyhow.
+    complete = keys_in_rows | (first_col + block_col <= x.T)
+    present = whole = np.zeros(low.shape, bool)
+    for band in pattern.bands:
+        before, after = (band.right, band.left) if keys_in_rows else (band.left, band.right)
+        present = present | ((high >= -before) & (low <= after))
+        whole = whole | ((low >= -before) & (high <= after) & complete)
+    if pattern.blocks is None:
+        return Cover(present[None], whole[None], None)
+
+    mask = pattern.blocks.to_block_mask()
+    mask = mask.swapaxes(1, 2) if keys_in_rows else mask
+    (heads, num_rows, num_cols), tiles = mask.shape, len(first_row)
+    ragged = (0, 0), (0, tiles * (ROWS // block_row) - num_rows), (0, 0)
+    cut = lambda fill: jnp.pad(mask, ragged, constant_values=fill).reshape(
+        heads, tiles, ROWS // block_row, num_cols
+    )
+    some, every = np.ones(low.shape, bool), complete
+    if pattern.causal:
+        some, every = (high >= 0, low >= 0) if keys_in_rows else (low <= 0, high <= 0)
+        every &= complete
+    shifts = jnp.arange(ROWS // block_row)[:, None]
+    return Cover(
+        present | (cut(False).any(2) & some),
+        whole | (cut(True).all(2) & every),
+        (cut(False).astype(jnp.int32) << shifts).sum(2),
+    )
+
+
+def expected_work(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> int:
+    """Units of work in a head's lists of bands and blocks, as far as no data says.
+
+    As if nothing were padding, and every list of blocks as long as its capacity.
+    """
+    blocks = pattern.blocks
+    bands = cover(x, dataclasses.replace(pattern, blocks=None), keys_in_rows).present[0]
+    total = int(units(bands.sum(-1), x.block_q if keys_in_rows else x.block_kv).sum())
+    if blocks is None:
+        return total
+
+    def full(indices, block_row: int, block_col: int) -> int:
+        entries = min(-(-x.T // block_col), ROWS // block_row * indices.shape[-1])
+        return -(-x.T // ROWS) * units(entries, block_col)
+
+    # Both say which pairs there are, and the one with the lower capacity says it better.
+    sizes = x.block_q, x.block_kv
+    of_blocks = min(full(blocks.kv_indices, *sizes), full(blocks.q_indices, *sizes[::-1]))
+    return total + (of_blocks // 2 if pattern.causal else of_blocks)
