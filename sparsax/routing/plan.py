@@ -124,9 +124,15 @@ def route_top_k(
     if mask is not None:
         blocks = jnp.where(mask[..., None], blocks, num_blocks)
         coefficients = jnp.where(mask[..., None], coefficients, 0.0)
-    by = lambda sort: functools.partial(sort, num_groups=num_blocks + 1)
-    order, position, sizes = jax.lax.platform_dependent(
-        blocks.reshape(-1), cuda=by(_by_counts), default=by(_by_sorting)
+    groups = blocks.reshape(-1), num_blocks + 1
+    position, sizes = jax.lax.platform_dependent(
+        groups[0], cuda=functools.partial(_by_counts, num_groups=groups[1]),
+        default=functools.partial(_by_sorting, num_groups=groups[1]),
+    )  # fmt: skip
+    order = (
+        jnp.zeros_like(position)
+        .at[position]
+        .set(jnp.arange(position.size, dtype=jnp.int32), unique_indices=True)
     )
     return RoutingPlan(
         blocks.reshape(*shape, k), coefficients, order, position, sizes[:num_blocks],
@@ -151,20 +157,15 @@ def _best(scores: Float[Array, "*B G"], k: int) -> Int[Array, "*B k"]:
     return jnp.stack(found, -1)
 
 
-def _by_sorting(groups: Int[Array, " M"], num_groups: int) -> tuple[Array, Array, Array]:
-    """The order that sorts numbers, equal ones as they come; its inverse; how many are equal."""
-    order = jnp.argsort(groups, stable=True).astype(jnp.int32)
-    sizes = (groups[:, None] == jnp.arange(num_groups)).sum(0, dtype=jnp.int32)
-    return order, _inverse(order), sizes
+def _by_sorting(groups: Int[Array, " M"], num_groups: int) -> tuple[Array, Array]:
+    """Where each number stands when they are sorted, equal ones in order; how many are equal."""
+    order = jnp.argsort(groups, stable=True)
+    each = jnp.arange(groups.size, dtype=jnp.int32)
+    position = jnp.zeros_like(groups).at[order].set(each, unique_indices=True)
+    return position, (groups[:, None] == jnp.arange(num_groups)).sum(0, dtype=jnp.int32)
 
 
-def _inverse(order: Int[Array, " M"]) -> Int[Array, " M"]:
-    """The inverse of a permutation."""
-    each = jnp.arange(order.size, dtype=jnp.int32)
-    return jnp.zeros_like(order).at[order].set(each, unique_indices=True)
-
-
-def _by_counts(groups: Int[Array, " M"], num_groups: int) -> tuple[Array, Array, Array]:
+def _by_counts(groups: Int[Array, " M"], num_groups: int) -> tuple[Array, Array]:
     """The same by counts of chunks: a GPU would sort in many passes, and there are few groups."""
     length = max(CHUNK, 1 << (groups.size // MOST_CHUNKS).bit_length())
     chunks = jnp.pad(groups, (0, -groups.size % length), constant_values=num_groups)
@@ -178,8 +179,7 @@ def _by_counts(groups: Int[Array, " M"], num_groups: int) -> tuple[Array, Array,
     before = np.tri(length, k=-1, dtype=bool)
     rank = ((chunks[:, :, None] == chunks[:, None]) & before).sum(2, dtype=jnp.int32)
     position = rank + jnp.take_along_axis(begin, jnp.minimum(chunks, num_groups - 1), 1)
-    position = position.reshape(-1)[: groups.size]
-    return _inverse(position), position, sizes
+    return position.reshape(-1)[: groups.size], sizes
 
 
 def _checked(probabilities, k, mask, bias, coefficient) -> tuple[int, tuple[int, ...]]:
