@@ -124,11 +124,10 @@ def route_top_k(
     if mask is not None:
         blocks = jnp.where(mask[..., None], blocks, num_blocks)
         coefficients = jnp.where(mask[..., None], coefficients, 0.0)
-    groups = blocks.reshape(-1), num_blocks + 1
+    by = lambda sort: functools.partial(sort, num_groups=num_blocks + 1)
     position, sizes = jax.lax.platform_dependent(
-        groups[0], cuda=functools.partial(_by_counts, num_groups=groups[1]),
-        default=functools.partial(_by_sorting, num_groups=groups[1]),
-    )  # fmt: skip
+        blocks.reshape(-1), cuda=by(_by_counts), default=by(_by_sorting)
+    )
     order = (
         jnp.zeros_like(position)
         .at[position]
