@@ -2,6 +2,9 @@
 
     python benchmarks/finetune_e2e_gpu.py --text TEXT --model RUN       # of pretrain_lm_gpu.py
     python benchmarks/finetune_e2e_gpu.py ... --ways lora spt-2-8 --seeds 1 --resume   # add rows
+    python benchmarks/finetune_e2e_gpu.py ... --ways full --beside &   # of others on the same GPU,
+    python benchmarks/finetune_e2e_gpu.py ... --ways lora --beside     # which it is a pity to keep
+                                                                       # idle while one compiles
 
     full          all parameters                     common-C      TSVD-common, compressed C times
     lora          rank 16 beside every dense layer   common-C-res  the same and what it misses
@@ -20,10 +23,12 @@ by a beam. The sentences go to a folder, a file for each row, for `e2e_metrics.p
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import time
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -35,7 +40,7 @@ from flax import nnx
 from generation import Search, search
 from gpu import leave_products_to_cublas
 from language import END, Pairs, Words, halve, read_pairs
-from resumed import Rows
+from resumed import Rows, turns_on_gpu
 from tqdm import tqdm
 
 from sparsax.nn import TopLAttention
@@ -117,19 +122,24 @@ class Writer:
             halve(model)
             return search(model, prompts, counts, how)
 
-        self.write, self.batch, self.compiled = jax.jit(write), batch, None
+        self.write, self.batch = jax.jit(write), batch
 
-    def __call__(self, state, prompts: Pairs) -> tuple[np.ndarray, float]:
-        """Ids `[n, steps]`, and seconds without compilation."""
+    def lower(self, state, prompts: Pairs):
+        """What is left to compile."""
+        return self.write.lower(*state, *self.parts(prompts)[0])
+
+    def parts(self, prompts: Pairs) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The prompts `batch` at a time, the last ones filled up."""
         pad = -len(prompts.tokens) % self.batch
         tokens = np.pad(prompts.tokens.astype(np.int32), ((0, pad), (0, 0)))
         counts = np.pad(prompts.to.astype(np.int32) + 1, (0, pad), constant_values=1)
         cuts = range(0, len(tokens), self.batch)
-        parts = [(tokens[i : i + self.batch], counts[i : i + self.batch]) for i in cuts]
-        if self.compiled is None:
-            self.compiled = self.write.lower(*state, *parts[0]).compile()
-        begin = time.perf_counter()
-        found = [np.asarray(self.compiled(*state, *part)) for part in parts]
+        return [(tokens[i : i + self.batch], counts[i : i + self.batch]) for i in cuts]
+
+    def __call__(self, compiled, state, prompts: Pairs) -> tuple[np.ndarray, float]:
+        """Ids `[n, steps]`, and seconds."""
+        parts, begin = self.parts(prompts), time.perf_counter()
+        found = [np.asarray(compiled(*state, *part)) for part in parts]
         return np.concatenate(found)[: len(prompts.tokens)], time.perf_counter() - begin
 
 
@@ -146,7 +156,9 @@ class Study:
         self.prompts = Pairs(test.tokens[:, :width], test.to, test.count)
         self.batches = len(self.train.tokens) // args.batch // PIECES * PIECES
         self.data = tuple(map(jnp.asarray, (self.train.tokens, self.train.to, self.train.count)))
+        self.way, self.tx, self.writers = None, None, {}
         self.compiled: dict[str, typing.Any] = {}
+        self.turn = turns_on_gpu() if args.beside else contextlib.nullcontext()
 
     def _fitting(self, split: str) -> Pairs:
         pairs = read_pairs(self.args.text, split)
@@ -179,23 +191,44 @@ class Study:
             "trained": sum(leaf.size for leaf in jax.tree.leaves(parts.tuned)),
             "convert_s": time.perf_counter() - begin,
         }
-        steps = self.batches * args.epochs
-        if self.compiled.get("way") != way:  # the seeds of a way share what is compiled
-            wrt = rules_of(way, args.length, seed, args)[1]
-            tx, run = trainer(parts, wrt, steps, args)
-            self.compiled = {"way": way, "tx": tx, "run": run, "evaluate": evaluator(
-                parts.graph, self.valid, min(128, len(self.valid.tokens)))}  # fmt: skip
-            for name, how in self.searches().items():
-                self.compiled[name] = Writer(parts.graph, how, args.decode_batch)
-        state = self._train(parts, row, rng, steps)
-        for name in self.searches():
-            ids, row[f"{name}_s"] = self.compiled[name](state, self.prompts)
+        if self.way != way:  # the seeds of a way share what is compiled
+            self.way, begin = way, time.perf_counter()
+            self._compile(parts, rules_of(way, args.length, seed, args)[1])
+            row["compile_s"] = time.perf_counter() - begin
+        with self.turn:
+            state = self._train(parts, row, rng)
+            found = {
+                name: writer(self.compiled[name], state, self.prompts)
+                for name, writer in self.writers.items()
+            }
+        for name, (ids, row[f"{name}_s"]) in found.items():
             lines = [self.words.text(sentence) for sentence in ids]
             args.generations.mkdir(parents=True, exist_ok=True)
             parameters = f"{way}_{seed}_{args.batch}_{args.rate:g}_{args.epochs}"
             path = args.generations / f"{parameters}_{name}.txt"
             path.write_text("\n".join(lines) + "\n")
         return row
+
+    def _compile(self, parts: Parts, wrt) -> None:
+        """All programs of a way at the same time."""
+        args = self.args
+        self.tx, run = trainer(parts, wrt, self.batches * args.epochs, args)
+        evaluate = evaluator(parts.graph, self.valid, min(128, len(self.valid.tokens)))
+        self.writers = {
+            name: Writer(parts.graph, how, args.decode_batch)
+            for name, how in self.searches().items()
+        }
+        order = jax.ShapeDtypeStruct((self.batches // PIECES, args.batch), jnp.int32)
+        start = parts.tuned, parts.other, self.tx.init(parts.tuned)
+        whole = parts.tuned, parts.frozen, parts.other
+        with ThreadPoolExecutor() as pool:
+            jobs = {
+                "train": pool.submit(run.lower(start, parts.frozen, self.data, order).compile),
+                "evaluate": pool.submit(evaluate.lower(*whole).compile),
+            }
+            for name, writer in self.writers.items():
+                jobs[name] = pool.submit(writer.lower(whole, self.prompts).compile)
+        self.compiled = {name: job.result() for name, job in jobs.items()}
 
     def searches(self) -> dict[str, Search]:
         """Greedy, and the beam of Hu et al. (2021)."""
@@ -204,19 +237,16 @@ class Study:
         found = {"greedy": Search(end=END, steps=steps)}
         return found if self.args.no_beam else found | {"beam": beam}
 
-    def _train(self, parts: Parts, row: dict, rng, steps: int):
+    def _train(self, parts: Parts, row: dict, rng):
         """Trains; puts losses, time and memory into the row."""
         args, tools = self.args, self.compiled
-        size = self.batches // PIECES
+        steps, size = self.batches * args.epochs, self.batches // PIECES
         orders = [rng.permutation(len(self.train.tokens))[: self.batches * args.batch]
                   for _ in range(args.epochs)]  # fmt: skip
-        orders = jnp.asarray(np.reshape(orders, (args.epochs * PIECES, size, args.batch)))
-        state = parts.tuned, parts.other, tools["tx"].init(parts.tuned)
-        if "train" not in tools:
-            begin = time.perf_counter()
-            lowered = tools["run"].lower(state, parts.frozen, self.data, orders[0])
-            tools["train"] = lowered.compile()
-            row["compile_s"] = time.perf_counter() - begin
+        orders = jnp.asarray(
+            np.reshape(orders, (args.epochs * PIECES, size, args.batch)), jnp.int32
+        )
+        state = parts.tuned, parts.other, self.tx.init(parts.tuned)
         memory = tools["train"].memory_analysis()
         row["bytes"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes
                         + memory.output_size_in_bytes - memory.alias_size_in_bytes)  # fmt: skip
@@ -264,6 +294,8 @@ def main() -> None:
     parser.add_argument("--no-beam", action="store_true", help="greedy sentences alone")
     parser.add_argument("--minutes", type=float, help="start no row after so many")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--beside", action="store_true", help="of others like it: take turns "
+                        "on the GPU, which are timed, and add to the same result")  # fmt: skip
     parser.add_argument("--name", default="finetune_e2e", help="of the result")
     parser.add_argument("--generations", type=Path, help="folder of the sentences")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -275,7 +307,8 @@ def main() -> None:
                  "flash": "xla", "decode_batch": 3, "name": args.name + "_quick"}  # fmt: skip
         vars(args).update(quick)
     args.generations = args.generations or HERE / "results" / args.name
-    study, done = Study(args), Rows(args.name, KEYS, resume=args.resume)
+    study = Study(args)
+    done = Rows(args.name, KEYS, resume=args.resume, beside=args.beside)
     start = time.perf_counter()
     print(
         "way            seed  before   after     trained  ms/step      MiB greedy s  beam s       s"

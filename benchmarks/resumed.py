@@ -1,12 +1,16 @@
 """Results that a stopped run loses nothing of: what is measured is saved at once."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
+from filelock import FileLock
 from harness import RESULTS, command, commit, save
 
 
@@ -92,11 +96,16 @@ class Rows:
         name: of the result.
         key: names of the fields that tell rows apart.
         resume: keep the rows that the result has, instead of starting over.
+        beside: other processes add rows to the result meanwhile; it implies `resume`.
     """
 
-    def __init__(self, name: str, key: tuple[str, ...], *, resume: bool):
-        self.name, self.key = name, key
-        self.rows = read(name) if resume else []
+    def __init__(
+        self, name: str, key: tuple[str, ...], *, resume: bool = False, beside: bool = False
+    ):
+        self.name, self.key, self.beside = name, key, beside
+        self.alone = turns(name) if beside else contextlib.nullcontext()
+        with self.alone:
+            self.rows = read(name) if resume or beside else []
 
     def has(self, **fields) -> bool:
         """Whether there is a row with these values of the key's fields."""
@@ -105,6 +114,19 @@ class Rows:
     def add(self, begin: float, row: dict) -> dict:
         """Saves a row with its `stamp`."""
         row |= stamp(begin)
-        self.rows.append(row)
-        save(self.name, self.rows)
+        with self.alone:
+            if self.beside:
+                self.rows = read(self.name)
+            self.rows.append(row)
+            save(self.name, self.rows)
         return row
+
+
+def turns(name: str) -> FileLock:
+    """The lock by which processes take turns at what has this name."""
+    return FileLock(Path(tempfile.gettempdir()) / f"sparsax.{name}.lock")
+
+
+def turns_on_gpu() -> FileLock:
+    """The lock of the GPUs that this process sees, for what is timed."""
+    return turns(f"gpu {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}")

@@ -1,4 +1,8 @@
-"""Programs that are compiled in the background, in the order in which they will be needed."""
+"""Programs that are lowered one after the other and compiled several at a time, before all runs.
+
+Before, not beside: cuDNN's attention captures a CUDA graph when a program with it runs for the
+first time, and that fails now and then when another thread uses the GPU meanwhile.
+"""
 
 import os
 import time
@@ -45,28 +49,22 @@ class Ahead:
 
         self.jobs.setdefault(kind, []).append(self.lowering.submit(work))
 
-    def ready(self, kind: str) -> bool:
-        """Whether all of a kind is there."""
-        jobs = self.jobs[kind]
-        if not all(job.done() for job in jobs):
-            return False
-        compiled = [job.result() for job in jobs if not job.cancelled() and not job.exception()]
-        return all(x is None or x.done() for x in compiled)
-
-    def wait(self, kind: str) -> None:
-        """Until all of a kind is there; raises what went wrong with it."""
+    def settle(self) -> None:
+        """Until nothing is compiled any more, whatever came of it."""
         begin = time.monotonic()
+        for job in [job for jobs in self.jobs.values() for job in jobs]:
+            if job.exception() is None and (compiled := job.result()) is not None:
+                compiled.exception()
+        say(f"{len(self.jobs)} kinds of programs are there after {time.monotonic() - begin:.1f} s")
+
+    def check(self, kind: str) -> None:
+        """Raises what went wrong with a kind."""
         for job in self.jobs[kind]:
-            compiled = job.result()
-            if compiled is not None:
+            if (compiled := job.result()) is not None:
                 compiled.result()
-        if (waited := time.monotonic() - begin) > 0.1:
-            say(f"waited {waited:.1f} s for {kind}")
 
     def close(self) -> None:
-        """Waits for what is under way, which the next start will find; begins nothing more."""
-        if not all(map(self.ready, self.jobs)):
-            say("waiting for what is being compiled, half a minute at most: it is kept")
+        """Begins nothing more, and waits for what is under way, which the next start will find."""
         self.lowering.shutdown(cancel_futures=True)
         self.compiling.shutdown(cancel_futures=True)
 

@@ -91,42 +91,35 @@ def compare(task: Task, args: argparse.Namespace, methods: list[str]) -> None:
 
 
 def one_seed(runs: Runs, left: list[str], timed: list[str], book: Book, deadline: Deadline) -> None:
-    """The dense phase, the methods, the peers; meanwhile programs are compiled for what follows."""
+    """All programs, the dense phase, the methods, the peers."""
     ahead = Ahead(deadline.over)
     try:
         compile_all(runs, ahead, left, timed)
-        ahead.wait("dense")
-        if not deadline.over() and runs.begin():
-            train(runs, left, book, deadline, ahead)
-            for row in peers(runs, timed, deadline, ahead):
-                book.add(row)
-            compare_losses(book.rows)
+        ahead.settle()
     finally:
         ahead.close()
+    ahead.check("dense")
+    if not deadline.over() and runs.begin():
+        train(runs, left, book, deadline, ahead)
+        for row in peers(runs, timed, deadline, ahead):
+            book.add(row)
+        compare_losses(book.rows)
 
 
 def train(runs: Runs, left: list[str], book: Book, deadline: Deadline, ahead: Ahead) -> None:
-    """The methods whose programs are there, in order; the first one when none are."""
-    left = list(left)
-    while left:
-        name = next((x for x in left if all(map(ahead.ready, needed(x)))), left[0])
-        for kind in needed(name):
-            ahead.wait(kind)
+    """The methods in order, as far as the time goes."""
+    for name in left:
+        for kind in filter(None, (kind_of(name), search_of(name))):
+            ahead.check(kind)
         if seconds(book.rows, name) > deadline.left():
             return
         row = runs.row(name)
         if row is None:
             return
-        left.remove(name)
         book.add(row)
         show(row)
         if runs.seed == 0:
             keep_pictures(book.folder / f"{book.name}.npz", runs, name)
-
-
-def needed(name: str) -> list[str]:
-    """The kinds of programs of a method."""
-    return [kind for kind in (kind_of(name), search_of(name)) if kind is not None]
 
 
 def seconds(rows: list[dict], name: str) -> float:

@@ -27,7 +27,7 @@ def missing(rows: list[dict], dense: str) -> list[str]:
 def peers(runs: Any, names: list[str], deadline: Deadline, ahead: Ahead):
     """Rows of milliseconds and bytes of a step; the loss tells whether the dense ones agree."""
     for name in names:
-        ahead.wait(peer_kind(name))
+        ahead.check(peer_kind(name))
         if deadline.over():
             return
         dense = "xla" if name == MATERIALISED else runs.args.dense

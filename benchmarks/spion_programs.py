@@ -1,4 +1,4 @@
-"""All programs of the runs of a seed, compiled in the background in the order of the methods."""
+"""All programs of the runs of a seed."""
 
 from typing import Any
 

@@ -119,7 +119,7 @@ def test_a_method_takes_as_long_as_its_kind():
     assert spion_compare.seconds(rows[:1], "heads") == 0.0
 
 
-def test_programs_are_made_in_order_and_fail_where_they_are_waited_for():
+def test_programs_are_made_in_order_and_fail_where_they_are_asked_for():
     order = []
 
     class Program:
@@ -136,12 +136,12 @@ def test_programs_are_made_in_order_and_fail_where_they_are_waited_for():
         ahead.program(kind, "training", lambda kind=kind: Program(kind))
     called = []
     ahead.call("search", lambda: called.append(1))
+    ahead.settle()
     for kind in ("one", "two", "search"):
-        ahead.wait(kind)
-        assert ahead.ready(kind)
+        ahead.check(kind)
     assert (order, called) == (["one", "bad", "two"], [1])
     with pytest.raises(RuntimeError, match="no such program"):
-        ahead.wait("bad")
+        ahead.check("bad")
     ahead.close()
 
 
