@@ -20,7 +20,7 @@ WHOLE = (
     Case(name="shared", B=2, T=768, S=768, N=4, K=4, P=1, H=32, block_q=32, block_kv=32,
          dtype="bfloat16", segments=True),
 )  # fmt: skip
-CUT = Case(name="long_columns", B=2, T=8192, S=8192, N=4, K=4, P=4, H=64, block_q=64, block_kv=64,
+CUT = Case(name="long_lists", B=2, T=8192, S=8192, N=4, K=4, P=4, H=64, block_q=64, block_kv=64,
            dtype="bfloat16", blocks="cross")  # fmt: skip
 SMALL = Case(name="small", B=2, T=128, S=128, N=2, K=2, P=2, H=32, block_q=64, block_kv=64,
              dtype="bfloat16", causal=True, padding="some")  # fmt: skip
@@ -82,14 +82,12 @@ def test_two_gpus_give_the_bits_of_one(c, split):
 @pytest.mark.gpu
 @two_gpus
 @pytest.mark.parametrize("split", ["batch", "heads"])
-def test_columns_cut_elsewhere_differ_by_rounding_alone(split):
-    # Where a long column is cut follows from the work of a GPU, and so does the order of its sums.
+def test_lists_cut_elsewhere_differ_by_rounding_alone(split):
+    # Where a long row or column is cut follows from the work of a GPU, and so does the order of its
+    # sums; they are rounded to bfloat16, whose neighbours are up to 1/128 apart.
     one, two = attend(CUT, "pallas", None), attend(CUT, "pallas", split)
     for name, x, y in zip(NAMES, two, one, strict=True):
-        if name in ("dk", "dv"):
-            assert_near(x, y, 1e-3, name)
-        else:
-            np.testing.assert_array_equal(x, y, err_msg=name)
+        assert_near(x, y, 1 / 128, name)
 
 
 @pytest.mark.parametrize("split", ["batch", "heads"])
