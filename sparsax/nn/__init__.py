@@ -16,6 +16,7 @@ from sparsax.nn.decoder import DecoderBlock as DecoderBlock
 from sparsax.nn.decoder import DecoderConfig as DecoderConfig
 from sparsax.nn.decoder import FeedForward as FeedForward
 from sparsax.nn.decoder import LanguageModel as LanguageModel
+from sparsax.nn.embed import Embed as Embed
 from sparsax.nn.ffn import ChoiceBias as ChoiceBias
 from sparsax.nn.ffn import RoutedFFN as RoutedFFN
 from sparsax.nn.ffn import RoutedLoRAParam as RoutedLoRAParam

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsax.nn.embed import Embed
 from sparsax.nn.published import read_config, read_model
 
 
@@ -73,7 +74,7 @@ class Bert(nnx.Module):
     """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        embed = lambda count: nnx.Embed(count, config.hidden_size, rngs=rngs)
+        embed = lambda count: Embed(count, config.hidden_size, rngs=rngs)
         self.tokens = embed(config.vocab_size)
         self.positions = embed(config.max_position_embeddings)
         self.types = embed(config.type_vocab_size)

@@ -11,6 +11,7 @@ from sparsax import checks
 from sparsax.linear import ACTIVATIONS, Activation
 from sparsax.nn.attention import SparseAttention
 from sparsax.nn.cache import KVCache, attend_cached
+from sparsax.nn.embed import Embed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,7 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        embed = lambda count: nnx.Embed(count, config.features, dtype=config.dtype, rngs=rngs)
+        embed = lambda count: Embed(count, config.features, dtype=config.dtype, rngs=rngs)
         self.tokens = embed(config.vocab_size)
         self.positions = nnx.data(embed(config.length) if config.rotary is None else None)
         self.blocks = nnx.List([DecoderBlock(config, rngs=rngs) for _ in range(config.layers)])

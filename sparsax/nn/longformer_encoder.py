@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsax.compound import CompoundPattern
+from sparsax.nn.embed import Embed
 from sparsax.nn.longformer import LongformerSelfAttention, global_positions
 from sparsax.nn.published import read_config, read_model
 from sparsax.typing import Implementation
@@ -128,7 +129,7 @@ class Longformer(nnx.Module):
     ):  # fmt: skip
         features = config.hidden_size
         options = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        embed = lambda count: nnx.Embed(count, features, **options)
+        embed = lambda count: Embed(count, features, **options)
         self.tokens = embed(config.vocab_size)
         self.positions = embed(config.max_position_embeddings)
         self.types = embed(config.type_vocab_size)

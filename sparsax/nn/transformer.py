@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsax.nn.attention import SparseAttention
+from sparsax.nn.embed import Embed
 
 
 class Block(nnx.Module):
@@ -55,8 +56,8 @@ class Encoder(nnx.Module):
         block = lambda: Block(
             features, hidden, num_heads, dropout=dropout, dtype=dtype, rngs=rngs, **attention
         )
-        self.tokens = nnx.Embed(vocab_size, features, rngs=rngs)
-        self.positions = nnx.Embed(length, features, rngs=rngs)
+        self.tokens = Embed(vocab_size, features, rngs=rngs)
+        self.positions = Embed(length, features, rngs=rngs)
         self.blocks = nnx.List([block() for _ in range(layers)])
         self.norm = nnx.LayerNorm(features, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)

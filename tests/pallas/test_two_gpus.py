@@ -84,10 +84,10 @@ def test_two_gpus_give_the_bits_of_one(c, split):
 @pytest.mark.parametrize("split", ["batch", "heads"])
 def test_lists_cut_elsewhere_differ_by_rounding_alone(split):
     # Where a long row or column is cut follows from the work of a GPU, and so does the order of its
-    # sums; they are rounded to bfloat16, whose neighbours are up to 1/128 apart.
+    # sums; they are rounded to bfloat16, which is right to 1/256.
     one, two = attend(CUT, "pallas", None), attend(CUT, "pallas", split)
     for name, x, y in zip(NAMES, two, one, strict=True):
-        assert_near(x, y, 1 / 128, name)
+        assert_near(x, y, 1 / 256, name)
 
 
 @pytest.mark.parametrize("split", ["batch", "heads"])
