@@ -99,7 +99,9 @@ def one_seed(runs: Runs, left: list[str], timed: list[str], book: Book, deadline
     finally:
         ahead.close()
     ahead.check("dense")
-    if not deadline.over() and runs.begin():
+    with runs.turn:
+        begun = not deadline.over() and runs.begin()
+    if begun:
         train(runs, left, book, deadline, ahead)
         for row in peers(runs, timed, deadline, ahead):
             book.add(row)
@@ -113,7 +115,8 @@ def train(runs: Runs, left: list[str], book: Book, deadline: Deadline, ahead: Ah
             ahead.check(kind)
         if seconds(book.rows, name) > deadline.left():
             return
-        row = runs.row(name)
+        with runs.turn:
+            row = runs.row(name)
         if row is None:
             return
         book.add(row)

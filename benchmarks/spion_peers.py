@@ -34,7 +34,9 @@ def peers(runs: Any, names: list[str], deadline: Deadline, ahead: Ahead):
         pattern = None if name.startswith("dense") else FINDERS[name](runs.setting, None)
         run = runs.run("drop", dense, pattern)
         timed = pattern is not None or dense != "xla" or runs.task.size.length <= MATERIALISED_UP_TO
-        row = {"peer": name, **measure(run, runs.batch, runs.task.size.steps_per_call, timed)}
+        with runs.turn:
+            measured = measure(run, runs.batch, runs.task.size.steps_per_call, timed)
+        row = {"peer": name, **measured}
         say(str(row))
         yield row
 

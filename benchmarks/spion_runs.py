@@ -6,6 +6,7 @@ where it was when it is started again with the same `--out`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from resumed import turns_on_gpu
 from spion_methods import CONTROLS, FINDERS, Maps, Setting, by_mass, split_name
 from spion_rows import row_of
 from spion_state import Start, read_start, save_arrays, save_start
@@ -39,6 +41,7 @@ class Runs:
         self.task, self.seed, self.args, self.stop = task, seed, args, stop
         size = task.size
         self.folder = args.out / task.name / str(seed)
+        self.turn = turns_on_gpu() if args.beside else contextlib.nullcontext()
         self.batch = task.batches(seed, size.dense_steps + size.steps)
         self.whole = size.length <= WHOLE_UP_TO
         self.setting = Setting.of(size, causal=task.causal, equal_rows=not task.padded, seed=seed)

@@ -87,6 +87,8 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny, in OUT/quick")
     parser.add_argument("--dense", choices=["cudnn", "xla"], help="what dense attention runs")
     parser.add_argument("--no-peers", action="store_true", help="no table of time and memory")
+    parser.add_argument("--beside", action="store_true",
+                        help="of others like it: take turns on the GPU")  # fmt: skip
     parser.add_argument("--no-bar", action="store_true", help="no progress bars")
     for field in dataclasses.fields(Size):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type)

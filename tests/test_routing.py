@@ -110,6 +110,22 @@ def test_the_released_coefficient_is_twice_the_probability_on_both_products():
     assert route_top_k(p, 2).scaled == "output"
 
 
+def test_a_gain_makes_probabilities_count_and_starts_out_without():
+    p, weight = jnp.array([[0.9, 0.1, 0.5], [0.2, 0.7, 0.3]]), jnp.array([[1.0, 10], [1, 20]])
+
+    def total(p, gain):
+        return (route_top_k(p, 2, coefficient="gain", gain=gain).coefficients * weight).sum()
+
+    value, (dp, dgain) = jax.value_and_grad(total, (0, 1))(p, jnp.zeros(3))
+    assert value == weight.sum()
+    assert not dp.any()
+    np.testing.assert_allclose(dgain, [0.9, 0.7, 10 * 0.5 + 20 * 0.3], rtol=1e-6)
+    gain = jnp.array([0.5, -1.0, 2.0])
+    value, dp = jax.value_and_grad(total)(p, gain)
+    assert_near(value, 1.45 + 10 * 2.0 + 0.3 + 20 * 1.6, 1e-6, "value")
+    np.testing.assert_allclose(dp, [[0.5, 0, 20], [0, -1, 40]], rtol=1e-6)
+
+
 def test_a_bias_moves_the_choice_and_nothing_else():
     p = jnp.array([[0.9, 0.6, 0.5]])
     plan = route_top_k(p, 2, bias=jnp.array([0.0, -0.2, 0.0]), coefficient="spt")
@@ -298,6 +314,18 @@ REFUSED = {
     "coefficient": (
         lambda: route_top_k(P, 2, coefficient="2p"),
         "coefficient must be one of .* got '2p'",
+    ),
+    "gain": (
+        lambda: route_top_k(P, 2, coefficient="gain"),
+        "coefficient='gain' and gain= go together; got 'gain' and no gain",
+    ),
+    "gain_alone": (
+        lambda: route_top_k(P, 2, gain=jnp.ones(4)),
+        "go together; got 'straight_through' and a gain",
+    ),
+    "gain_shape": (
+        lambda: route_top_k(P, 2, coefficient="gain", gain=jnp.ones(3)),
+        r"gain must be \[G=4\]; got \(3,\)",
     ),
     "divides": (
         lambda: co_activation(P, 3, key=jax.random.key(0)),

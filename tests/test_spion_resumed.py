@@ -37,7 +37,7 @@ def task(tmp_path_factory):
 
 
 def compare(task, folder, **changes):
-    flags = {
+    flags = {"beside": False, 
         "out": folder, "dense": "xla", "methods": METHODS, "minutes": 1e6, "seeds": 1,
         "no_peers": True, "no_bar": True,
     }  # fmt: skip

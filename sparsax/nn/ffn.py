@@ -36,7 +36,7 @@ class TunedParam(nnx.Param):
 
 
 class RouterParam(TunedParam):
-    """A router's kernel or bias."""
+    """A router's kernel or bias, or how much its probabilities count."""
 
 
 class RoutedLoRAParam(TunedParam, nnx.LoRAParam):
@@ -78,7 +78,7 @@ class RoutedFFN(nnx.Module):
         active: blocks of a token, 1 to G.
         activation: see `sparsax.routed_ffn`.
         lora: low-rank additions, or None.
-        coefficient: see `sparsax.route_top_k`.
+        coefficient: see `sparsax.route_top_k`; the gain starts out as zeros.
         frozen: the blocks' weights get no gradient, and none is computed.
         dtype: of the computation; the promotion of input and weights when None. The router
             computes in float32.
@@ -101,7 +101,7 @@ class RoutedFFN(nnx.Module):
     def __init__(
         self, blocks: FFNBlocks, router: tuple[Array, Array] | None = None, *, active: int,
         activation: Activation, lora: FFNLoRA | None = None,
-        coefficient: Coefficient = "straight_through", frozen: bool = False,
+        coefficient: Coefficient = "gain", frozen: bool = False,
         dtype: typing.Any = None, implementation: Implementation | None = None,
         rngs: nnx.Rngs | None = None,
     ):  # fmt: skip
@@ -118,6 +118,8 @@ class RoutedFFN(nnx.Module):
         self.lora_scale = 1.0 if lora is None else lora.scale
         kernel, bias = _router(blocks, router, rngs)
         self.router_kernel, self.router_bias = RouterParam(kernel), RouterParam(bias)
+        gain = RouterParam(jnp.zeros(blocks.num_blocks)) if coefficient == "gain" else None
+        self.router_gain = nnx.data(gain)
         self.choice_bias = ChoiceBias(jnp.zeros(blocks.num_blocks))
         self.active = active
         self.activation: Activation = activation
@@ -204,7 +206,10 @@ class RoutedFFN(nnx.Module):
             setattr(self, f"lora_{name}", nnx.data(None))
 
     def to_dense(self) -> tuple[Dense, Dense, Dense | None]:
-        """`(up, down, gate)` with the same weights, LoRA merged: the layer with all its blocks."""
+        """`(up, down, gate)` with the same weights, LoRA merged: the layer with all its blocks.
+
+        Every block counts once: the coefficients, which follow each token, are left out.
+        """
         dense = self.blocks.merged(self.lora).to_dense()
         features, hidden = (self.blocks.features,), (self.blocks.hidden,)
 
@@ -224,7 +229,7 @@ class RoutedFFN(nnx.Module):
         probabilities = jax.nn.sigmoid(x.astype(jnp.float32) @ kernel + bias)
         plan = route_top_k(
             probabilities, self.active, mask=mask, bias=self.choice_bias[...],
-            coefficient=self.coefficient,
+            coefficient=self.coefficient, gain=_value(self.router_gain),
         )  # fmt: skip
         return probabilities, plan
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsax.typing import ArrayLike
 
-Coefficient = typing.Literal["straight_through", "spt"]
+Coefficient = typing.Literal["gain", "straight_through", "spt"]
 CHUNK, MOST_CHUNKS = 128, 256  # of what is sorted: numbers of one at least, and how many
 FEW = 16  # blocks
 Scaled = typing.Literal["output", "products"]
@@ -83,6 +83,7 @@ def route_top_k(
     mask: Bool[ArrayLike, "*B"] | None = None,
     bias: Float[Array, " G"] | None = None,
     coefficient: Coefficient = "straight_through",
+    gain: Float[Array, " G"] | None = None,
 ) -> RoutingPlan:
     """Every token through the k blocks that its router finds most probable.
 
@@ -91,9 +92,12 @@ def route_top_k(
         k: blocks of a token, 1 to G.
         mask: False for padded tokens `[*B]`: they go through no block and count nowhere.
         bias: added to the probabilities for the choice alone, see `update_bias`.
-        coefficient: "straight_through" is `p / stop_gradient(p)`: 1 in value, so that a pre-trained
-            layer starts out as it was, with the gradient of log p. "spt" is what the released code
-            of SPT computes: 2 p, on the products with both matrices of a block.
+        coefficient: "gain" is `1 + gain p`, 1 for a gain of zeros, so that a pre-trained layer
+            starts out as it was. "straight_through" is `p / stop_gradient(p)`: 1 in value at all
+            times, with the gradient of log p, which is that of no function: it reaches the router's
+            input, too, and unsettles what is trained below. "spt" is what the released code of SPT
+            computes: 2 p, on the products with both matrices of a block.
+        gain: of each block, for coefficient="gain"; trained, it decides how much p counts.
 
     Returns:
         The plan. Ties go to the block of the lower index.
@@ -111,12 +115,14 @@ def route_top_k(
         >>> plan.blocks.shape, int(plan.group_sizes.sum())
         ((2, 5, 2), 20)
     """
-    num_blocks, shape = _checked(probabilities, k, mask, bias, coefficient)
+    num_blocks, shape = _checked(probabilities, k, mask, bias, coefficient, gain)
     scores = probabilities if bias is None else probabilities + bias
     blocks = _best(jax.lax.stop_gradient(scores), k)
     p = jnp.take_along_axis(probabilities.astype(jnp.float32), blocks, axis=-1)
     if coefficient == "spt":
         coefficients = 2.0 * p
+    elif gain is not None:
+        coefficients = 1.0 + gain.astype(jnp.float32)[blocks] * p
     else:
         # p / stop_gradient(p), and exactly 1 also where a probability has underflowed to 0.
         fixed = jax.lax.stop_gradient(p)
@@ -181,7 +187,7 @@ def _by_counts(groups: Int[Array, " M"], num_groups: int) -> tuple[Array, Array]
     return position.reshape(-1)[: groups.size], sizes
 
 
-def _checked(probabilities, k, mask, bias, coefficient) -> tuple[int, tuple[int, ...]]:
+def _checked(probabilities, k, mask, bias, coefficient, gain) -> tuple[int, tuple[int, ...]]:
     if probabilities.ndim < 1 or not jnp.issubdtype(probabilities.dtype, jnp.floating):
         raise ValueError(
             "probabilities must be real, [*B, G]; "
@@ -201,4 +207,11 @@ def _checked(probabilities, k, mask, bias, coefficient) -> tuple[int, tuple[int,
         raise ValueError(
             f"coefficient must be one of {typing.get_args(Coefficient)}; got {coefficient!r}."
         )
+    if (gain is not None) != (coefficient == "gain"):
+        raise ValueError(
+            f"coefficient='gain' and gain= go together; got {coefficient!r} and "
+            f"{'no gain' if gain is None else 'a gain'}."
+        )
+    if gain is not None and gain.shape != (num_blocks,):
+        raise ValueError(f"gain must be [G={num_blocks}]; got {tuple(gain.shape)}.")
     return num_blocks, tuple(shape)

@@ -10,6 +10,7 @@ from flax import nnx
 from sparsax.convert import Row
 from sparsax.linear import Activation
 from sparsax.nn import FeedForward, RoutedFFN
+from sparsax.routing.plan import Coefficient
 from sparsax.rules.observer import InputObserver, seen_inputs
 
 
@@ -24,6 +25,7 @@ class Routed:
         lora_rank: R of LoRA beside every matrix; 0 is without.
         lora_alpha: the product counts `alpha / rank` times; rank when None.
         frozen: the blocks' weights get no gradient, and none is computed.
+        coefficient: see `sparsax.route_top_k`.
         tokens: calibration tokens that cluster units and fit the router; 0 cuts consecutive units
             and starts with a random router, without calibration.
         modules: types of layers to convert.
@@ -52,6 +54,7 @@ class Routed:
     lora_rank: int = 0
     lora_alpha: float | None = None
     frozen: bool = False
+    coefficient: Coefficient = "gain"
     tokens: int = 4096
     modules: tuple[type[nnx.Module], ...] = (FeedForward,)
     up: str = "up"
@@ -75,7 +78,8 @@ class Routed:
                 up, down, getattr(module, self.gate, None), num_blocks=self.num_blocks,
                 active=self.active, activation=self._activation(path, module),
                 calibration=seen_inputs(path, observers), lora_rank=self.lora_rank,
-                lora_scale=self._scale(), frozen=self.frozen, rngs=rngs,
+                lora_scale=self._scale(), frozen=self.frozen, coefficient=self.coefficient,
+                rngs=rngs,
             )  # fmt: skip
             made[path] = layer, self._row(path, module, layer)
         return made

@@ -72,7 +72,8 @@ def test_with_all_blocks_and_new_lora_the_layer_is_the_dense_one(gated, calibrat
 
 
 def test_back_to_dense_layers_with_lora_merged():
-    layer = touched(routed(gated=True, active=G, lora_scale=0.7))
+    plain = {"coefficient": "straight_through"}  # in value 1: every block counts once
+    layer = touched(routed(gated=True, active=G, lora_scale=0.7, **plain))
     assert layer.lora.scale == 0.7
     layers = layer.to_dense()
     assert_near(dense_output(layers, inputs()), call(layer, inputs()), 1e-5, "y")
@@ -81,7 +82,7 @@ def test_back_to_dense_layers_with_lora_merged():
     assert float(abs(changed).max()) > 0.1
 
 
-@pytest.mark.parametrize("coefficient", ["straight_through", "spt"])
+@pytest.mark.parametrize("coefficient", ["gain", "straight_through", "spt"])
 def test_a_call_is_the_functional_one(coefficient):
     layer = touched(routed(active=2, coefficient=coefficient, activation="gelu_exact"))
     mask = jnp.arange(9) < jnp.array([[9], [5]])
@@ -155,7 +156,7 @@ def test_types_select_router_and_lora():
     layer = routed()
     names = lambda kind: {path[0] for path, _ in nnx.to_flat_state(nnx.state(layer, kind))}
     lora = {"lora_up_a", "lora_up_b", "lora_down_a", "lora_down_b"}
-    router = {"router_kernel", "router_bias"}
+    router = {"router_kernel", "router_bias", "router_gain"}
     assert names(RouterParam) == router
     assert names(RoutedLoRAParam) == names(nnx.LoRAParam) == lora
     assert names(TunedParam) == router | lora
