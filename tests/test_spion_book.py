@@ -13,7 +13,7 @@ LOSSES = [{"peer": spion_peers.MATERIALISED, "loss": 2.0}, {"peer": "dense", "lo
 
 
 def arguments(folder, **changes):
-    flags = {"beside": False, "out": folder, "dense": "xla", "methods": [], "minutes": 1.0, "seeds": 0}
+    flags = {"out": folder, "dense": "xla", "methods": [], "minutes": 1.0, "seeds": 0}
     return SimpleNamespace(**(flags | changes))
 
 

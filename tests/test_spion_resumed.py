@@ -37,9 +37,9 @@ def task(tmp_path_factory):
 
 
 def compare(task, folder, **changes):
-    flags = {"beside": False, 
+    flags = {
         "out": folder, "dense": "xla", "methods": METHODS, "minutes": 1e6, "seeds": 1,
-        "no_peers": True, "no_bar": True,
+        "no_peers": True, "no_bar": True, "beside": False,
     }  # fmt: skip
     spion_compare.compare(task, SimpleNamespace(**(flags | changes)), METHODS)
     return json.loads((folder / f"spion_{task.name}.json").read_text())["rows"][1:]
