@@ -21,8 +21,8 @@ def with_quick(flags: str) -> str:
 
 
 # BLAS is called for small matrices from two workers at once, and its threads then mostly wait for
-# each other: an SVD takes 15 times as long with two of them on two cores. Workers and scripts that
-# tests start inherit this; in this very process pytest's plugins have loaded NumPy already.
+# each other: on two busy cores an SVD took 17 times as long with two of them. Workers and scripts
+# that tests start inherit this; in this very process pytest's plugins have loaded NumPy already.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # The kernels of a GPU are tested, and timed, as users compile them.
