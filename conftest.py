@@ -20,6 +20,11 @@ def with_quick(flags: str) -> str:
     return " ".join([flag for flag in QUICK if flag not in flags.split()] + flags.split())
 
 
+# BLAS is called for small matrices from two workers at once, and its threads then mostly wait for
+# each other: on two busy cores an SVD took 17 times as long with two of them. Workers and scripts
+# that tests start inherit this; in this very process pytest's plugins have loaded NumPy already.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # The kernels of a GPU are tested, and timed, as users compile them.
 if not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
     os.environ["XLA_FLAGS"] = with_quick(os.environ.get("XLA_FLAGS", ""))

@@ -1,5 +1,7 @@
 """What every test needs before JAX starts, and the switch for tests of bad input."""
 
+import gc
+
 import jax
 import jaxtyping
 import pytest
@@ -8,8 +10,33 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 
 
-def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` run where there is a Hopper GPU, and are shown as skipped elsewhere."""
+def pytest_addoption(parser):
+    parser.addoption("--cells", type=int, help="run at most this many cells of every test function")
+
+
+def spread(cells: list, count: int) -> list:
+    """So many of the cells, the first and the last among them, the others evenly between."""
+    if len(cells) <= count:
+        return cells
+    return [cells[i * (len(cells) - 1) // max(count - 1, 1)] for i in range(count)]
+
+
+def pytest_collection_finish():
+    """What is imported lives to the end: collections need not look at it, nor come as often."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.hookimpl(trylast=True)  # after `-k` and `-m`
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what `--cells` says, and skips tests marked `gpu` where there is no Hopper GPU."""
+    if count := config.getoption("cells"):
+        functions = {}
+        for item in items:
+            functions.setdefault(item.nodeid.split("[")[0], []).append(item)
+        kept = {item for cells in functions.values() for item in spread(cells, count)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     if getattr(jax.devices()[0], "compute_capability", None) == "9.0":
         return
     for item in items:

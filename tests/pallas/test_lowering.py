@@ -13,9 +13,10 @@ from sparsax import pallas
 from tests.helpers import launched
 from tests.pallas.cases import cells
 
+# `pytest --cells 2` takes the first and the last: short float16 heads, the longest with masks.
 MATRIX = [
-    *itertools.product((32, 64, 96, 128, 256), (32, 64, 128), ["bfloat16"], (False, True)),
     *itertools.product((64, 128), [128], ["float16"], (False, True)),
+    *itertools.product((32, 64, 96, 128, 256), (32, 64, 128), ["bfloat16"], (False, True)),
 ]
 
 

@@ -1,9 +1,7 @@
 import dataclasses
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -252,28 +250,45 @@ def read_log(folder: Path) -> list[dict]:
     return [{name: x for name, x in row.items() if name != "seconds"} for row in rows]
 
 
-def launch(folder: Path, out: Path, slow: float, cache: Path) -> subprocess.Popen:
-    command = [sys.executable, killed_run.__file__, str(folder), str(out), str(slow)]
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """Starts a process of `killed_run`; all share imports, by a fork, and compiled programs."""
     settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }  # fmt: skip
-    return subprocess.Popen(command, env=os.environ | settings)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([killed_run.__name__])
+
+    def start(folder: Path, out: Path, slow: float):
+        process = context.Process(target=killed_run.main, args=(str(folder), str(out), str(slow)))
+        process.start()
+        return process
+
+    return start
 
 
-def finish(process: subprocess.Popen) -> None:
+def end_of(process, timeout: float = 120) -> int | None:
+    """What the process ends with; None if it did not end in time."""
+    process.join(timeout)
+    return process.exitcode
+
+
+def finish(process) -> None:
     try:
-        assert process.wait(120) == 0
+        assert end_of(process) == 0
     finally:
         process.kill()  # does nothing to a process that has ended
 
 
-def wait_for_row(path: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_row(path: Path, step: int, process) -> None:
     """Until the log has a row of that step; a torn last line counts as no row."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.is_alive(), "the run ended before it could be killed"
         if path.exists():
             rows = path.read_text().split("\n")[:-1]
             if rows and json.loads(rows[-1])["step"] >= step:
@@ -283,20 +298,19 @@ def wait_for_row(path: Path, step: int, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path):
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path, launch):
     """SIGKILL while dense, in the search, right after the transition, and while sparse."""
-    cache = tmp_path / "cache"
-    finish(launch(tmp_path / "whole", tmp_path / "whole.npz", 0, cache))
+    finish(launch(tmp_path / "whole", tmp_path / "whole.npz", 0))
     folder, out = tmp_path / "killed", tmp_path / "killed.npz"
     # Checkpoints: 5, 8 (the transition), 10, 15, 16. The row of step 8 comes before its search.
     for step in (7, TRANSITION, TRANSITION + 1, 13):
-        process = launch(folder, out, 0.1, cache)
+        process = launch(folder, out, 0.1)
         try:
             wait_for_row(folder / "log.jsonl", step, process)
         finally:
-            process.send_signal(signal.SIGKILL)
-        assert process.wait(30) == -signal.SIGKILL
-    finish(launch(folder, out, 0, cache))
+            process.kill()
+        assert end_of(process, 30) == -signal.SIGKILL
+    finish(launch(folder, out, 0))
 
     whole, killed = (np.load(tmp_path / f"{name}.npz") for name in ("whole", "killed"))
     assert set(whole.files) == set(killed.files)
