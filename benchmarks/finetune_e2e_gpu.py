@@ -18,14 +18,16 @@ float32, frozen ones in bfloat16; products are cuBLAS's. Attention is cuDNN's fl
 it is dense, so --flash changes memory and time of every way but the top-L ones. Every row has the
 loss on validation pairs (nats a token, without smoothing) before and after each epoch, milliseconds
 of a step (median, without compilation), MiB that a dispatch of many steps holds at its peak (XLA's
-buffer assignment), and seconds to write a sentence for all 630 meanings of the test set, greedy and
-by a beam. The sentences go to a folder, a file for each row, for `e2e_metrics.py`.
+buffer assignment), bits per byte of the model that it began with, and seconds to write a sentence
+for all 630 meanings of the test set, greedy and by a beam. The sentences go to a folder, a file for
+each row, for `e2e_metrics.py`.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
+import json
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
@@ -148,6 +150,8 @@ class Study:
 
     def __init__(self, args):
         self.args, self.words = args, Words(args.text)
+        facts = args.model / "pretrained.json"
+        self.base = json.loads(facts.read_text()) if facts.exists() else {}
         self.train, self.valid = (self._fitting(split) for split in ("train", "valid"))
         test = read_pairs(args.text, "test")
         if args.quick:
@@ -187,6 +191,7 @@ class Study:
         rng = np.random.default_rng(seed)
         parts, size = convert(way, seed, args, self.calibration(rng))
         row = self.key(way, seed) | {
+            "base": self.base.get("valid_bits_per_byte"),
             "parameters": size,
             "trained": sum(leaf.size for leaf in jax.tree.leaves(parts.tuned)),
             "convert_s": time.perf_counter() - begin,
@@ -290,7 +295,7 @@ def main() -> None:
     parser.add_argument("--flash", default="cudnn", choices=["cudnn", "xla"])
     parser.add_argument("--routed", choices=["xla", "pallas"], help="of the routed FFN")
     parser.add_argument("--tsvd", choices=["xla", "pallas"], help="of TSVD")
-    parser.add_argument("--decode-batch", type=int, default=210, help="meanings at a time")
+    parser.add_argument("--decode-batch", type=int, default=105, help="meanings at a time")
     parser.add_argument("--no-beam", action="store_true", help="greedy sentences alone")
     parser.add_argument("--minutes", type=float, help="start no row after so many")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")

@@ -4,7 +4,7 @@
     python benchmarks/pretrain_lm_gpu.py --text TEXT --out RUN                 # on a GPU
 
 FOLDER holds imdb_{train,test}.jsonl.xz and the E2E files; TEXT gets the same as token ids (27 MB),
-all that the GPU machine needs. RUN gets model.safetensors and config.json in the end, and before
+all that the GPU machine needs. RUN gets model.safetensors and facts as JSON in the end, and before
 that checkpoints from which a killed run goes on when it is started again.
 
 OPT's style (--style llama: that one), bfloat16, float32 parameters, AdamW, cuDNN flash attention,
@@ -16,6 +16,7 @@ reviews by heart rather than English. --minutes ends earlier, with the learning 
 
 import argparse
 import functools
+import json
 import time
 from pathlib import Path
 
@@ -188,6 +189,7 @@ def main() -> None:
     print(f"{size:,} parameters, {facts['step']} steps, {found:.3f} bits per byte of the held-out "
           "reviews")  # fmt: skip
     summary = {"parameters": size, "valid_bits_per_byte": found, "style": args.style, **facts}
+    (args.out / "pretrained.json").write_text(json.dumps(summary) + "\n")
     print(save("pretrain_lm" + "_quick" * args.quick, [summary, *rows]))
 
 
