@@ -46,9 +46,8 @@ def spread(values: list[float | None], digits: int) -> str:
     if not known:
         return "-"
     text = f"{np.mean(known):.{digits}f}"
-    if len(known) == 1:
-        return text
-    return f"{text} ({min(known):.{digits}f}-{max(known):.{digits}f})"
+    ends = [f"{end:.{digits}f}" for end in (min(known), max(known))]
+    return text if ends[0] == ends[1] else f"{text} ({ends[0]}-{ends[1]})"
 
 
 def study(ways: dict[str, list[dict]]) -> str:

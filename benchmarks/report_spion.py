@@ -15,16 +15,31 @@ from report_attention import number, table
 from sparsax.plots import curve_figure, pattern_figure
 
 HERE = Path(__file__).parent
-SHOWN = ("budget", "heads", "layer", "oracle", "CF", "CF-paper", "F", "C", "window", "bigbird")
+SHOWN = (
+    "weighted",
+    "square",
+    "budget",
+    "heads",
+    "layer",
+    "oracle",
+    "CF",
+    "CF-paper",
+    "F",
+    "C",
+    "window",
+    "bigbird",
+)
 INTRO = """Written by `benchmarks/report_spion.py`. A model is trained densely until its score maps
 settle (or a number of steps has passed); from that very state every method goes on for as many
 steps, with the same batches and learning rates. All methods list equally many blocks, the diagonal
 and its neighbours among them, but for those whose density says otherwise:
 
-- **budget**: one budget over all layers, by captured mass (`patterns.mass.search`); **heads**: the
-  same over all heads; **layer**: as many blocks in every layer; **cover**: as few as hold 90 % of
-  the mass; **again**: searched once more in the middle of the sparse phase; **oracle**: budget, in
-  the maps of the dense model at the end of its training.
+- **budget**: one budget over all layers, by captured mass (`patterns.mass.search` with
+  `objective="mass"`); **square**: by the squared mass that rows lose, **weighted** by what the loss
+  minds of each layer (`patterns.layer_weights`); **square-layer**: as many in every layer;
+  **heads**: budget over all heads; **layer**: budget, as many blocks in every layer; **cover**: as
+  few as hold 90 % of the mass; **again**: searched once more in the middle of the sparse phase;
+  **oracle**: budget, in the maps of the dense model at the end of its training.
 - **CF, F, C**: SPION's variants at equal density and with the forced neighbours; **-paper** as
   published, with its own quantile or density and only the diagonal forced. **zero** counts a pruned
   key as logit 0, as SPION does; all others drop it.

@@ -16,9 +16,9 @@ from sparsax.nn import Classifier
 from sparsax.training import accuracy, cross_entropy, on_device
 
 METHODS = [
-    "dense", "budget", "window", "CF", "CF-paper", "CF-paper:zero", "diagonal", "random", "bigbird",
-    "oracle", "heads", "budget:zero", "layer", "F-paper", "F-paper:zero", "C-paper", "C-paper:zero",
-    "C", "F", "cover", "again", "longformer",
+    "dense", "weighted", "budget", "square", "window", "CF", "CF-paper", "CF-paper:zero",
+    "diagonal", "random", "bigbird", "oracle", "heads", "budget:zero", "layer", "F-paper",
+    "F-paper:zero", "C-paper", "C-paper:zero", "C", "F", "cover", "again", "longformer",
 ]  # fmt: skip
 
 

@@ -29,10 +29,14 @@ from spion_task import Size, Task, data_folder, dtype, parse
 from sparsax.nn import DecoderConfig, LanguageModel
 
 METHODS = [
-    "dense", "budget", "window", "CF", "layer", "oracle", "heads", "random", "bigbird", "C", "F",
-    "budget:zero", "cover", "again", "longformer", "diagonal", "CF-paper", "CF-paper:zero",
+    "dense", "weighted", "window", "budget", "square", "square-layer", "CF", "layer", "oracle",
+    "heads", "random", "bigbird", "C", "F", "budget:zero", "cover", "again", "longformer",
+    "diagonal", "CF-paper", "CF-paper:zero",
 ]  # fmt: skip
-LONG_METHODS = ["dense", "budget", "window", "layer", "oracle", "heads", "F", "random", "bigbird"]
+LONG_METHODS = [
+    "dense", "weighted", "window", "budget", "square", "square-layer", "heads", "F", "random",
+    "bigbird",
+]  # fmt: skip
 BYTES = 32_768  # of a step
 DENSITY = {2048: 0.2, 4096: 0.15, 8192: 0.1, 16384: 0.06, 32768: 0.03}
 FULL = Size(

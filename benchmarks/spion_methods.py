@@ -60,18 +60,21 @@ class Maps:
         pooled: the same as means over blocks, `[L, 1, n, n]`.
         heads: one for every head, `[L, N, n, n]`.
         final: `pooled` of the dense model when it was trained to the end, or None.
+        weights: how much the loss minds what each layer loses, `[L]`, or None where no method asks.
     """
 
     whole: Any
     pooled: Any
     heads: Any
     final: Any
+    weights: Any = None
 
 
 def by_mass(setting: Setting, maps, **changes) -> BlockPattern:
     """The search by mass, of pooled maps; of whole ones with `length=None`."""
     options: dict[str, Any] = {
-        "density": setting.density, "band": setting.band, "length": setting.length
+        "density": setting.density, "band": setting.band, "length": setting.length,
+        "objective": "mass",
     } | changes  # fmt: skip
     return mass.search(
         maps, block=setting.block, causal=setting.causal, equal_rows=setting.equal_rows, **options
@@ -160,6 +163,9 @@ FINDERS: dict[str, Find] = {
     "budget": lambda s, m: by_mass(s, m.pooled),
     "layer": lambda s, m: by_mass(s, m.pooled, spread="layer"),
     "heads": lambda s, m: by_mass(s, m.heads),
+    "square": lambda s, m: by_mass(s, m.pooled, objective="square"),
+    "square-layer": lambda s, m: by_mass(s, m.pooled, objective="square", spread="layer"),
+    "weighted": lambda s, m: by_mass(s, m.pooled, objective="square", weights=m.weights),
     "cover": lambda s, m: by_mass(s, m.pooled, density=None, cover=s.cover),
     "again": lambda s, m: by_mass(s, m.pooled),  # and once more in the middle of the sparse phase
     "oracle": _oracle,

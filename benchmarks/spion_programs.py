@@ -76,6 +76,7 @@ def compile_search(runs: Runs, ahead: Ahead, kind: str, method: str) -> None:
         maps = Maps(
             whole=drawn(1, size.length) if runs.whole else None, pooled=drawn(1, blocks),
             heads=drawn(size.heads, blocks), final=drawn(1, blocks),
+            weights=jnp.ones(size.layers),
         )  # fmt: skip
         FINDERS[method](runs.setting, maps)
         if method == "again":

@@ -27,7 +27,7 @@ from spion_task import Task, configured, head_maps, one_cycle, score
 from spion_time import Watch, say
 
 from sparsax.nn import score_maps, set_patterns
-from sparsax.patterns import mass
+from sparsax.patterns import layer_weights, mass
 from sparsax.training import FitConfig, Schedule, fit
 from sparsax.training.run import Run
 
@@ -175,6 +175,8 @@ class Runs:
         pattern, facts = None, {}
         start = {**self.start.state, "maps": self.probed, "step": self.start.step}
         options: dict[str, Any] = {"start": start}
+        if method == "weighted":
+            facts["weights"], facts["weights_ms"] = self.weigh()
         if method != "dense":
             find = functools.partial(FINDERS[method], self.setting, self.maps)
             pattern = find()
@@ -198,6 +200,21 @@ class Runs:
             self.end_of_dense(**found)
             save_arrays(self.final_path, **found)
         return row_of(self, name, result, facts, time.perf_counter() - begin)
+
+    def weigh(self) -> tuple[list[float], float]:
+        """How much the validation minds what each layer loses, and milliseconds of asking it."""
+        params = self.start.state["params"]
+        loss = lambda pattern: (
+            -score(self.task, self.model(params, pattern, "drop"), self.task.valid)
+        )
+        setting, begin = self.setting, time.perf_counter()
+        weights = layer_weights(
+            loss, self.maps.pooled, block=setting.block, band=setting.band, causal=setting.causal,
+            length=setting.length,
+        )  # fmt: skip
+        took = 1e3 * (time.perf_counter() - begin)
+        self.maps = dataclasses.replace(self.maps, weights=weights)
+        return weights.tolist(), took
 
     def search_again(self, maps):
         """The search by mass in the maps of a probe."""

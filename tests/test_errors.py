@@ -307,6 +307,22 @@ MASS = {
         lambda: mass.search(NOISE, density=0.5, spread="all"),
         "spread must be 'model', 'layer' or 'head'; got 'all'",
     ),
+    "objective": (
+        lambda: mass.search(NOISE, block=8, density=0.5, objective="cube"),
+        "objective must be 'square' or 'mass'; got 'cube'",
+    ),
+    "square_cover": (
+        lambda: mass.search(NOISE, cover=0.5, objective="square"),
+        "takes neither weights nor objective='square'",
+    ),
+    "weights": (
+        lambda: mass.search(NOISE, block=8, density=0.5, weights=np.ones(3, np.float32)),
+        r"weights must be of the layers or of all maps .*; got \(3,\)",
+    ),
+    "no_layers": (
+        lambda: patterns.layer_weights(lambda _: 0.0, NOISE),
+        r"maps must be \[L, P, T, T\]",
+    ),
     "neither": (lambda: mass.search(NOISE), "give either density or cover.*got density=None"),
     "both": (lambda: mass.search(NOISE, density=0.5, cover=0.5), "give either density or cover"),
     "density": (lambda: mass.search(NOISE, density=1.5), r"must lie within \(0, 1\].*got 1.5"),

@@ -5,6 +5,7 @@ from sparsax.patterns import mass as mass
 from sparsax.patterns import quality as quality
 from sparsax.patterns import spion as spion
 from sparsax.patterns import topl as topl
+from sparsax.patterns.sensitivity import layer_weights as layer_weights
 from sparsax.patterns.static import bigbird as bigbird
 from sparsax.patterns.static import causal as causal
 from sparsax.patterns.static import diagonal as diagonal

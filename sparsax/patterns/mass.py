@@ -1,12 +1,19 @@
-"""One budget of blocks for all layers, spent where the captured attention mass is largest.
+"""One budget of blocks for all layers, spent where the attention mass is that matters most.
 
 A search beside SPION's (`sparsax.patterns.spion`) that reads the same score maps:
 
-    score maps [L, P, T, T] -> mass of blocks [L, P, n, n] -> forced band -> the largest of them all
+    score maps [L, P, T, T] -> mass of blocks [L, P, n, n] -> forced band -> gain of every other one
 
 The mass of a block is the probability that a query of its row gives to its keys, averaged over the
 row's queries. A row of blocks adds up to 1, so masses compare across rows, heads and layers, and a
 layer whose attention is spread thin gets the blocks that a layer with a sharp band does not need.
+
+What a row of blocks loses moves the layer's output in proportion, and the loss of a trained model,
+which is at its smallest, by the square of that. So the search minimises squares by default. The sum
+of the mass alone spends a causal layer's budget on its first rows, which have few keys and hold
+much mass in each block, and leaves the band to the others. How much a loss minds differs from layer
+to layer, by a factor of 75 in the model of docs/spion_findings.md: what
+`sparsax.patterns.layer_weights` measures.
 """
 
 import functools
@@ -22,6 +29,7 @@ from sparsax.patterns import spion
 from sparsax.typing import ArrayLike
 
 Spread = Literal["model", "layer", "head"]
+Objective = Literal["square", "mass"]
 
 
 def search(
@@ -30,13 +38,15 @@ def search(
     block: int = 64,
     density: float | None = None,
     cover: float | None = None,
+    objective: Objective | None = None,
+    weights: Float[ArrayLike, "*W"] | None = None,
     spread: Spread = "model",
     band: int = 1,
     causal: bool = False,
     equal_rows: bool = True,
     length: int | None = None,
 ) -> BlockPattern:
-    """A forced band of blocks, and those of the largest mass, one pattern for every map.
+    """A forced band of blocks, and those of the largest gain, one pattern for every map.
 
     Args:
         maps: softmax probabilities averaged over the batch (`sparsax.score_map`): `[T, T]`,
@@ -46,6 +56,11 @@ def search(
             `causal`, those on and below the diagonal may be.
         cover: instead of a density, the share of the mass to hold: the smallest set of blocks,
             the band among them, that holds at least so much.
+        objective: what to minimise, summed over all rows of blocks that share a budget: the
+            "square" of the mass that a row loses (the default with a density), or the "mass" that
+            it loses (the only one for a cover).
+        weights: of the objective, one for every layer `[L]` or map `[L, P]`, such as
+            `sparsax.patterns.layer_weights` finds; alike when None.
         spread: which maps share a budget (or a cover): all of the "model", those of a "layer", or
             none, each "head" having its own.
         band: forced blocks on each side of the diagonal, besides the diagonal itself; with
@@ -62,7 +77,7 @@ def search(
 
     Raises:
         ValueError: the maps are not square, smaller than a block, not finite or constant; a setting
-            is out of range; or the budget is smaller than the forced band.
+            is out of range or goes with another one; or the budget is smaller than the forced band.
 
     Example:
         >>> import jax
@@ -75,9 +90,11 @@ def search(
     """
     blocks = spion.check_shape(maps, block, length)
     _check(maps, blocks, density, cover, spread, band, causal)
+    weights = _check_objective(maps, cover, objective, weights)
     spion.check_values(maps)
-    settings = (block, density, cover, spread, band, causal, equal_rows, length)
-    return _search(jnp.asarray(maps, jnp.float32), *settings)
+    square = cover is None and objective != "mass"
+    settings = (block, density, cover, square, spread, band, causal, equal_rows, length)
+    return _search(jnp.asarray(maps, jnp.float32), weights, *settings)
 
 
 def block_mass(
@@ -110,20 +127,46 @@ def bands(blocks: int, band: int, causal: bool) -> tuple[np.ndarray, np.ndarray]
     return listable & (abs(behind) <= band), listable
 
 
-@functools.partial(jax.jit, static_argnums=range(1, 9))
-def _search(maps, block, density, cover, spread, band, causal, equal_rows, length) -> BlockPattern:
+def equal_rows_of(mass: Float[Array, "*L n n"]) -> Float[Array, "*L n n"]:
+    """Every row over its sum."""
+    rows = mass.sum(-1, keepdims=True)
+    return mass / jnp.where(rows > 0, rows, 1.0)
+
+
+def _squared(
+    mass: Float[Array, "*L n n"], forced: np.ndarray, listable: np.ndarray
+) -> Float[Array, "*L n n"]:
+    """What each block takes from its row's squared loss, after the band and all of larger mass.
+
+    A row that adds up to s, as it is real in a share s of the samples, loses s of ((s - c) / s)^2.
+    """
+    first = jnp.where(forced, jnp.inf, jnp.where(listable, mass, -1.0))
+    order = jnp.argsort(first, axis=-1, descending=True, stable=True)
+    own = jnp.take_along_axis(jnp.where(listable, mass, 0.0), order, axis=-1)
+    held, total = own.cumsum(-1), mass.sum(-1, keepdims=True)
+    gain = own * jnp.maximum(2 * total - 2 * held + own, 0.0) / jnp.where(total > 0, total, 1.0)
+    return jnp.put_along_axis(jnp.zeros_like(gain), order, gain, axis=-1, inplace=False)
+
+
+@functools.partial(jax.jit, static_argnums=range(2, 11))
+def _search(
+    maps, weights, block, density, cover, square, spread, band, causal, equal_rows, length
+) -> BlockPattern:
     mass = block_mass(maps, block=block, length=length)
     if equal_rows:
-        rows = mass.sum(-1, keepdims=True)
-        mass = mass / jnp.where(rows > 0, rows, 1.0)
+        mass = equal_rows_of(mass)
     leading, blocks = mass.shape[:-2], mass.shape[-1]
     count = _budgets(leading, spread)
+    bands_of = bands(blocks, band, causal)
+    gain = _squared(mass, *bands_of) if square else mass
+    if weights is not None:
+        gain = gain * weights.reshape(*weights.shape, *[1] * (gain.ndim - weights.ndim))
     together = lambda x: jnp.broadcast_to(x, mass.shape).reshape(count, -1)
-    forced, listable = (together(x) for x in bands(blocks, band, causal))
-    mass = jnp.where(listable, together(mass), 0.0)
+    forced, listable = map(together, bands_of)
+    mass, gain = (jnp.where(listable, together(x), 0.0) for x in (mass, gain))
     # The band comes first, what may not be listed comes last; the first of equals wins.
     order = jnp.argsort(
-        jnp.where(forced, jnp.inf, jnp.where(listable, mass, -1.0)), descending=True, stable=True
+        jnp.where(forced, jnp.inf, jnp.where(listable, gain, -1.0)), descending=True, stable=True
     )
     if cover is None:
         kept = jnp.arange(order.shape[-1]) < _budget(leading, blocks, density, spread, causal)
@@ -150,6 +193,25 @@ def _budget(leading, blocks: int, density: float, spread: Spread, causal: bool) 
     """The blocks of one budget."""
     maps = int(np.prod(leading)) // _budgets(leading, spread)
     return round(density * maps * int(bands(blocks, 0, causal)[1].sum()))
+
+
+def _check_objective(maps, cover, objective, weights) -> Array | None:
+    """The weights as an array."""
+    if objective not in (None, "square", "mass"):
+        raise ValueError(f"objective must be 'square' or 'mass'; got {objective!r}.")
+    if cover is not None and (objective == "square" or weights is not None):
+        raise ValueError(
+            "a cover is the smallest set that holds a share of the mass: it takes neither weights "
+            f"nor objective='square'; got objective={objective!r}."
+        )
+    if weights is None:
+        return None
+    leading = tuple(maps.shape[:-2])
+    if weights.ndim < 1 or weights.shape != leading[: weights.ndim]:
+        raise ValueError(
+            f"weights must be of the layers or of all maps {leading}; got {tuple(weights.shape)}."
+        )
+    return jnp.asarray(weights, jnp.float32)
 
 
 def _check(maps, blocks, density, cover, spread, band, causal) -> None:

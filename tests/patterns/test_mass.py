@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sparsax
-from sparsax.patterns import mass, quality
+from sparsax.patterns import layer_weights, mass, quality
 
 LENGTH, BLOCK = 64, 8
 
@@ -30,8 +30,8 @@ def plain_mass(grid, block):
 
 
 def plain_search(maps, block, *, density=None, cover=None, spread="model", band=1, causal=False,
-                 equal_rows=True):  # fmt: skip
-    """The search as one would write it down: lists of (mass, place), sorted; [L, P, T, T]."""
+                 equal_rows=True, objective=None, weights=None):  # fmt: skip
+    """The search as one would write it down: lists of (gain, place), sorted; [L, P, T, T]."""
     layers, heads = maps.shape[:2]
     masses = np.array(
         [[plain_mass(maps[i, j], block) for j in range(heads)] for i in range(layers)]
@@ -46,12 +46,28 @@ def plain_search(maps, block, *, density=None, cover=None, spread="model", band=
     for group in groups:
         forced, others, total, held = [], [], 0.0, 0.0
         for i, j in group:
+            weight = (
+                1.0 if weights is None else np.broadcast_to(weights.T, maps.shape[1::-1]).T[i, j]
+            )
             for row in range(n):
-                weight = masses[i, j, row].sum() if equal_rows else 1.0
-                for col in range(row + 1 if causal else n):
-                    here = (masses[i, j, row, col] / (weight or 1.0), (i, j, row, col))
-                    total += here[0]
-                    (forced if abs(row - col) <= band else others).append(here)
+                whole = masses[i, j, row].sum() if equal_rows else 1.0
+                own = [(masses[i, j, row, col] / (whole or 1.0), (i, j, row, col))
+                       for col in range(row + 1 if causal else n)]  # fmt: skip
+                total += sum(value for value, _ in own)
+                forced += [x for x in own if abs(row - x[1][3]) <= band]
+                free = sorted((x for x in own if x not in forced), key=lambda x: -x[0])
+                if cover is not None or objective == "mass":
+                    others += [(weight * value, place) for value, place in free]
+                    continue
+                share = masses[i, j, row].sum() / (
+                    whole or 1.0
+                )  # of the samples, below 1 if padded
+                lost = share - sum(value for value, place in own if abs(row - place[3]) <= band)
+                for value, place in free:
+                    others.append(
+                        (weight * (lost**2 - (lost - value) ** 2) / (share or 1.0), place)
+                    )
+                    lost -= value
         listable = len(forced) + len(others)
         others.sort(key=lambda x: -x[0])
         for number, (value, place) in enumerate(forced + others):
@@ -70,6 +86,10 @@ def plain_search(maps, block, *, density=None, cover=None, spread="model", band=
     {"density": 0.3, "spread": "head", "band": 0}, {"density": 0.7, "band": 2, "causal": True},
     {"cover": 0.6}, {"cover": 0.9, "spread": "layer", "causal": True},
     {"cover": 0.8, "spread": "head", "equal_rows": False}, {"density": 1.0}, {"cover": 1.0},
+    {"density": 0.5, "objective": "mass"}, {"density": 0.5, "equal_rows": False},
+    {"density": 0.45, "causal": True, "objective": "mass", "weights": np.array([1.0, 0.3, 2.0])},
+    {"density": 0.5, "objective": "square", "weights": np.array([1.0, 0.3, 2.0])},
+    {"density": 0.5, "spread": "layer", "weights": np.array([[1, 3], [0.1, 2], [0.3, 0.0]])},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("under_jit", [False, True])
 def test_search_is_the_plain_search(settings, under_jit):
@@ -148,11 +168,45 @@ def test_nan_spoils_those_that_share_its_budget():
         np.testing.assert_array_equal(jax.jit(search)(maps).valid(), valid)
 
 
+def test_squares_spread_a_causal_layer_over_its_rows_and_mass_does_not():
+    # Attention alike to all that came before: first rows have few keys, and much mass in each.
+    maps = np.tri(LENGTH, dtype=np.float32)
+    maps /= maps.sum(-1, keepdims=True)
+    search = functools.partial(mass.search, maps, block=BLOCK, density=0.7, causal=True)
+    rows = lambda objective: np.asarray(search(objective=objective).to_block_mask())[0].sum(-1)
+    assert rows("mass").tolist() == [1, 2, 3, 4, 5, 6, 2, 2]  # nothing but the band at the end
+    assert (np.diff(rows("square")) >= 0).all()
+    assert rows("square")[-2:].tolist() == [4, 4]
+
+
+def test_what_a_loss_minds_gets_the_blocks():
+    maps = score_maps(3, 2, causal=True)
+    own = np.asarray(mass.equal_rows_of(mass.block_mass(maps, block=BLOCK)))
+    minds, called = np.array([0.1, 0.0, 2.0]), []
+
+    def loss(pattern):
+        mask = np.asarray(pattern.to_block_mask())
+        called.append(jax.tree.structure(pattern))
+        return 0.7 + (minds[:, None, None] * (1 - (own * mask).sum(-1)) ** 2).mean((1, 2)).sum()
+
+    weights = layer_weights(loss, maps, block=BLOCK, causal=True)
+    np.testing.assert_allclose(weights, minds / minds.mean(), atol=1e-4)
+    assert (len(called), len(set(called))) == (4, 1)
+    found = mass.search(maps, block=BLOCK, density=0.6, causal=True, weights=weights)
+    each = np.asarray(found.density()).reshape(3, -1).mean(-1)
+    assert each[1] < each[0] < each[2]
+    even = mass.search(maps, block=BLOCK, density=0.6, causal=True)
+    assert float(loss(found)) < float(loss(even))
+    assert layer_weights(lambda _: 1.0, maps, block=BLOCK).tolist() == [1.0] * 3
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_nothing_of_equal_size_holds_more_than_the_best(causal):
     maps = score_maps(2, 2, causal=causal)
     each = mass.block_mass(maps, block=BLOCK)
-    find = functools.partial(mass.search, maps, block=BLOCK, causal=causal, density=0.5)
+    find = functools.partial(
+        mass.search, maps, block=BLOCK, causal=causal, density=0.5, objective="mass"
+    )
     best = find(band=0, spread="layer", equal_rows=False)
     # The diagonal is forced, so the best of all is at least as good.
     held = quality.pattern_mass(best, each)
