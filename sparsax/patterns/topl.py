@@ -175,8 +175,8 @@ def _best(scores, keep, most):
     """`(tau, first)` of the `keep` best entries of every row; a later one wins among equals.
 
     Score and position make one number, so no two are equal. The bits of the smallest number that
-    is kept are found from the highest down, as a radix sort would: those of the score by counts of
-    scores, those of the position by counts of ties. Rows with fewer entries get 0, which keeps all.
+    is kept are found from the highest down, as a radix sort would, by how many numbers are as large
+    as each candidate. Rows with fewer entries get 0, which keeps all.
     """
     length = scores.shape[-1]
     shift = (length - 1).bit_length()
@@ -188,12 +188,14 @@ def _best(scores, keep, most):
         )
     numbers = jnp.where(scores < 0, -1, (scores << shift) | jnp.arange(length))
 
-    def settle(n, found):
-        candidate = found | jnp.left_shift(1, bits - 1 - n).astype(found.dtype)
-        enough = (numbers >= candidate[..., None]).sum(-1) >= keep
-        return jnp.where(enough, candidate, found)
-
-    found = lax.fori_loop(0, bits, settle, numbers[..., 0] * 0)
+    found = numbers[..., 0] * 0
+    # Two bits a pass, and no loop: on a GPU its every turn waits for the host.
+    for low in reversed(range(0, bits, 2)):
+        digits = [digit for digit in (1, 2, 3) if digit << low < 1 << bits]
+        enough = [
+            (numbers >= (found | digit << low)[..., None]).sum(-1) >= keep for digit in digits
+        ]
+        found |= sum(x.astype(found.dtype) for x in enough) << low
     return found >> shift, found & ((1 << shift) - 1)
 
 

@@ -192,3 +192,11 @@ def test_quality_of_a_choice():
     both = np.asarray(best[0, 0] & near).sum(-1) / np.minimum(np.arange(16) + 1, 4)
     assert_near(quality.recall(near, probs[:, :1], 4), both.mean(), 1e-6, "recall")
     np.testing.assert_array_equal(quality.window(16, 4)[8], (j >= 7) & (j <= 10))
+
+
+def test_numbers_of_31_bits_are_told_apart():
+    scores = np.random.default_rng(0).integers(0, 2**26 - 1, (5, 32)).astype(np.int32)
+    tau, first = (np.asarray(x)[:, None] for x in topl._best(jnp.asarray(scores), 7, 2**26 - 1))
+    kept = (scores > tau) | ((scores == tau) & (np.arange(32) >= first))
+    for row, best in zip(kept, scores, strict=True):
+        assert set(np.flatnonzero(row)) == set(np.argsort(best)[-7:])
