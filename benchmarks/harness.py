@@ -36,7 +36,10 @@ def measure(function, *args, repeats: int = 5) -> dict[str, float]:
 
 
 def save(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
-    """Writes `NAME.json` in the folder with what is needed to read it later."""
+    """Writes `NAME.json` in the folder with what is needed to read it later, all of it or nothing.
+
+    What is no finite number becomes null.
+    """
     record = {
         "command": command(),
         "commit": commit(),
@@ -51,7 +54,10 @@ def save(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
     }  # fmt: skip
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(finite, indent=1) + "\n")
+    os.replace(partial, path)  # noqa: PTH105 (atomic by name)
     return path
 
 

@@ -37,7 +37,8 @@ def best_rates(rows: list[dict]) -> dict[str, list[dict]]:
 
 def ended(row: dict) -> float:
     """The last validation loss; infinite where it was no number."""
-    return np.inf if row["valid_loss"][-1] is None else row["valid_loss"][-1]
+    last = row["valid_loss"][-1]
+    return last if last is not None and np.isfinite(last) else np.inf
 
 
 def spread(values: list[float | None], digits: int) -> str:
@@ -111,6 +112,8 @@ def picture(ways: dict[str, list[dict]]) -> Figure:
     left, right = figure.subplots(1, 2)
     for i, (way, rows) in enumerate(ways.items()):
         color, mark = f"C{i % 10}", "o^s"[i // 10]
+        if np.inf in map(ended, rows):
+            continue
         curve = np.mean([row["valid_loss"] for row in rows], 0)
         left.plot(range(1, len(curve)), curve[1:], color=color, marker=mark, label=way)
         ms, loss = np.mean([row["step_ms"] for row in rows]), curve[-1]
@@ -151,6 +154,10 @@ def main() -> None:
         text.append("Not measured yet.")
     else:
         ways = best_rates(record["rows"])
+        bases = sorted({row["base"] for row in record["rows"] if row.get("base")})
+        if len(bases) > 1:
+            text.append("The ways began from models of several pre-trainings, alike but for the "
+                        f"bits: {', '.join(f'{x:.3f}' for x in bases)} bits per byte.")  # fmt: skip
         text += [origin(args.name, record), "![Losses, and loss against time](finetuning.png)",
                  study(ways)]  # fmt: skip
         text.append("### Sentences of the test set")

@@ -106,6 +106,8 @@ class Rows:
         self.alone = turns(name) if beside else contextlib.nullcontext()
         with self.alone:
             self.rows = read(name) if resume or beside else []
+            if beside:
+                save(name, self.rows)  # there for all, whoever adds first
 
     def has(self, **fields) -> bool:
         """Whether there is a row with these values of the key's fields."""
@@ -116,7 +118,7 @@ class Rows:
         row |= stamp(begin)
         with self.alone:
             if self.beside:
-                self.rows = read(self.name)
+                self.rows = json.loads((RESULTS / f"{self.name}.json").read_text())["rows"]
             self.rows.append(row)
             save(self.name, self.rows)
         return row
@@ -129,4 +131,4 @@ def turns(name: str) -> FileLock:
 
 def turns_on_gpu() -> FileLock:
     """The lock of the GPUs that this process sees, for what is timed."""
-    return turns(f"gpu {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}")
+    return turns(f"gpu {os.environ.get('CUDA_VISIBLE_DEVICES', '0').replace('/', '-')}")

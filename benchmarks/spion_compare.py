@@ -55,8 +55,7 @@ class Book:
     def add(self, row: dict) -> None:
         """Keeps a row."""
         self.rows.append(row)
-        partial = save(f"{self.name}.partial", self.rows, self.folder)
-        os.replace(partial, self.folder / f"{self.name}.json")  # noqa: PTH105 (atomic by name)
+        save(self.name, self.rows, self.folder)
 
     def methods(self, seed: int) -> set[str]:
         """What a seed has rows of."""
@@ -113,9 +112,9 @@ def train(runs: Runs, left: list[str], book: Book, deadline: Deadline, ahead: Ah
     for name in left:
         for kind in filter(None, (kind_of(name), search_of(name))):
             ahead.check(kind)
-        if seconds(book.rows, name) > deadline.left():
-            return
-        with runs.turn:
+        with runs.turn:  # which may be long in coming
+            if seconds(book.rows, name) > deadline.left():
+                return
             row = runs.row(name)
         if row is None:
             return

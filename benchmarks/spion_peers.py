@@ -28,13 +28,13 @@ def peers(runs: Any, names: list[str], deadline: Deadline, ahead: Ahead):
     """Rows of milliseconds and bytes of a step; the loss tells whether the dense ones agree."""
     for name in names:
         ahead.check(peer_kind(name))
-        if deadline.over():
-            return
         dense = "xla" if name == MATERIALISED else runs.args.dense
         pattern = None if name.startswith("dense") else FINDERS[name](runs.setting, None)
         run = runs.run("drop", dense, pattern)
         timed = pattern is not None or dense != "xla" or runs.task.size.length <= MATERIALISED_UP_TO
         with runs.turn:
+            if deadline.over():
+                return
             measured = measure(run, runs.batch, runs.task.size.steps_per_call, timed)
         row = {"peer": name, **measured}
         say(str(row))

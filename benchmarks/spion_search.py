@@ -5,7 +5,7 @@
 
 Takes the model and the score maps at the end of the dense phase of seed 0 and compares searches
 with a sliding window, budget by budget: a search that is right about what attention needs loses
-least here, where no training mends what it did. float32; results/spion_search.json.
+least here, where no training mends what it did. float32; results/mass_search.json.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
                 "densities": (2 * listed / setting.blocks).tolist(),
             })  # fmt: skip
             tqdm.write(str(rows[-1]))
-    print(save("spion_search", rows))
+    print(save("mass_search", rows))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--dense", choices=["cudnn", "xla"], help="what dense attention runs")
     parser.add_argument("--no-peers", action="store_true", help="no table of time and memory")
     parser.add_argument("--beside", action="store_true",
-                        help="of others like it: take turns on the GPU")  # fmt: skip
+                        help="of other tasks: take turns with them on the GPU")  # fmt: skip
     parser.add_argument("--no-bar", action="store_true", help="no progress bars")
     for field in dataclasses.fields(Size):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type)
@@ -141,6 +141,12 @@ def _one_cycle(peak, steps, step):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def one_score(measure, graphdef, state, held):
     return jax.lax.map(lambda batch: measure(nnx.merge(graphdef, state), batch), held).mean()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def one_loss(loss, graphdef, state, held):
+    each = lambda batch: loss(nnx.merge(graphdef, state), batch, None)[0]
+    return jax.lax.map(each, held).mean()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -319,6 +319,20 @@ MASS = {
         lambda: mass.search(NOISE, block=8, density=0.5, weights=np.ones(3, np.float32)),
         r"weights must be of the layers or of all maps .*; got \(3,\)",
     ),
+    "weights_nan": (
+        lambda: mass.search(
+            NOISE[None], block=8, density=0.5, weights=np.full(1, np.nan, np.float32)
+        ),
+        "weights must be finite",
+    ),
+    "weights_zero": (
+        lambda: mass.search(NOISE[None], block=8, density=0.5, weights=np.zeros(1, np.float32)),
+        "not all 0",
+    ),
+    "loss_nan": (
+        lambda: patterns.layer_weights(lambda _: float("nan"), NOISE[None, None], block=8),
+        "loss must be finite",
+    ),
     "no_layers": (
         lambda: patterns.layer_weights(lambda _: 0.0, NOISE),
         r"maps must be \[L, P, T, T\]",

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from sparsax.typing import ArrayLike
+
 FEW = 1024  # rows of a table whose gradient is a product
 
 
@@ -18,7 +20,8 @@ class Embed(nnx.Embed):
     by comparing and swapping, again and again where many tokens are equal: with a vocabulary of
     bytes that took most of a training step. Here rows are taken first and cast then, which gives
     the same values. The gradient of up to 1,024 rows is one matrix product, the same bits every
-    time; beyond, XLA's atomic additions sum it in no fixed order.
+    time, at the price of a one-hot row of float32 for every id; beyond, XLA's atomic additions sum
+    it in no fixed order. Reverse mode alone.
 
     Args:
         num_embeddings: rows V of the table.
@@ -36,7 +39,7 @@ class Embed(nnx.Embed):
 
     # Without flax's out_sharding: shard_map needs none.
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, inputs: Array
+        self, inputs: ArrayLike
     ) -> Float[Array, "*B D"]:
         """The rows of these ids.
 
@@ -45,6 +48,9 @@ class Embed(nnx.Embed):
         """
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise ValueError(f"ids must be integers; got {inputs.dtype}.")
+        inputs = jnp.asarray(inputs).astype(jnp.int32)  # 8 bits cannot count what they index
+        if self.num_embeddings == 1:  # flax's one row answers to every id
+            return super().__call__(inputs)
         table = self.embedding[...]
         # Inside shard_map a shared table's gradient is a sum over devices: this cast's transpose.
         axes = jax.typeof(inputs).mat.varying - jax.typeof(table).mat.varying

@@ -70,7 +70,8 @@ class RoutedFFN(nnx.Module):
 
     The blocks' weights (`w_up`, `b_up`, `w_gate`, `b_gate`, `w_down`, `b_down`) are plain
     parameters, those of router and LoRA are `TunedParam`s. `active` is a plain attribute: set it
-    (or call `set_active`) to warm up from G, where the layer is the dense one.
+    (or call `set_active`) to warm up from G, where the layer is the dense one until a gain is
+    trained.
 
     Args:
         blocks: the weights, see `sparsax.split_ffn`; or use `from_dense`.

@@ -12,7 +12,7 @@ What a row of blocks loses moves the layer's output in proportion, and the loss 
 which is at its smallest, by the square of that. So the search minimises squares by default. The sum
 of the mass alone spends a causal layer's budget on its first rows, which have few keys and hold
 much mass in each block, and leaves the band to the others. How much a loss minds differs from layer
-to layer, by a factor of 75 in the model of docs/spion_findings.md: what
+to layer, a hundredfold in the model of docs/spion_findings.md: what
 `sparsax.patterns.layer_weights` measures.
 """
 
@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from sparsax.layouts import BlockPattern, block_sizes
 from sparsax.patterns import spion
-from sparsax.typing import ArrayLike
+from sparsax.typing import ArrayLike, is_concrete
 
 Spread = Literal["model", "layer", "head"]
 Objective = Literal["square", "mass"]
@@ -72,8 +72,8 @@ def search(
             `sparsax.score_map(pool=block)`.
 
     Returns:
-        The pattern, with full capacity. Under jit, NaN or infinity in a map leaves all heads that
-        share its budget invalid: their attention is NaN.
+        The pattern, with full capacity. Under jit, NaN or infinity in a map or a weight leaves all
+        heads that share its budget invalid: their attention is NaN.
 
     Raises:
         ValueError: the maps are not square, smaller than a block, not finite or constant; a setting
@@ -178,7 +178,10 @@ def _search(
     # Rounded sums may never reach a cover of 1, and keep what has no mass.
     mask = (mask & listable | forced).reshape(*leading, blocks, blocks)
     pattern = BlockPattern.from_block_mask(mask, q_len=length or maps.shape[-1], block_q=block)
-    finite = jnp.isfinite(maps).all((-2, -1)).reshape(count, -1)
+    finite = jnp.isfinite(maps).all((-2, -1))
+    if weights is not None:
+        finite &= jnp.isfinite(weights).reshape(*weights.shape, *[1] * (finite.ndim - weights.ndim))
+    finite = finite.reshape(count, -1)
     shared = jnp.broadcast_to(finite.all(-1, keepdims=True), finite.shape)
     return pattern.invalidate(~shared.reshape(leading or (1,)))
 
@@ -211,7 +214,15 @@ def _check_objective(maps, cover, objective, weights) -> Array | None:
         raise ValueError(
             f"weights must be of the layers or of all maps {leading}; got {tuple(weights.shape)}."
         )
-    return jnp.asarray(weights, jnp.float32)
+    found = jnp.asarray(weights, jnp.float32)
+    if is_concrete(found):
+        least, most = float(found.min()), float(found.max())
+        if not (least >= 0 and 0 < most < float("inf")):
+            raise ValueError(
+                "weights must be finite, at least 0, and not all 0; got numbers from "
+                f"{least} to {most}. Leave them out to count all layers alike."
+            )
+    return found
 
 
 def _check(maps, blocks, density, cover, spread, band, causal) -> None:

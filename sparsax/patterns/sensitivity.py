@@ -18,6 +18,7 @@ def layer_weights(
     block: int = 64,
     band: int = 1,
     causal: bool = False,
+    equal_rows: bool = True,
     length: int | None = None,
 ) -> Float[Array, " L"]:
     """How much a loss rises for what each layer loses, the `weights` of `mass.search`.
@@ -29,6 +30,7 @@ def layer_weights(
         block: as for `mass.search`, like all that follow.
         band: of the patterns; the layers in turn keep nothing else.
         causal: whether patterns list no block above the diagonal.
+        equal_rows: False where queries are padding in some samples.
         length: T, when the maps are pooled already.
 
     Returns:
@@ -37,7 +39,8 @@ def layer_weights(
         when there is no other, all have 1.
 
     Raises:
-        ValueError: the maps are not those of layers `[L, P, T, T]`, or no square ones.
+        ValueError: the maps are not those of layers `[L, P, T, T]`, or no square ones; the band is
+            negative; or a loss is not finite.
 
     Example:
         >>> import jax
@@ -48,8 +51,10 @@ def layer_weights(
         >>> sparsax.patterns.layer_weights(loss, maps, block=32, length=256).tolist()
         [2.0, 0.0]
     """
-    if maps.ndim != 4:
-        raise ValueError(f"maps must be [L, P, T, T]; got {tuple(maps.shape)}.")
+    if maps.ndim != 4 or band < 0:
+        raise ValueError(
+            f"maps must be [L, P, T, T] and band at least 0; got {tuple(maps.shape)} and {band}."
+        )
     blocks = spion.check_shape(maps, block, length)
     spion.check_values(maps)
     forced, listable = mass.bands(blocks, band, causal)
@@ -57,10 +62,20 @@ def layer_weights(
         BlockPattern.from_block_mask(mask, q_len=length or maps.shape[-1], block_q=block)
     ))  # fmt: skip
     whole = np.broadcast_to(listable, (*maps.shape[:2], blocks, blocks))
-    best = under(whole)
     first = (np.arange(len(maps)) == np.arange(len(maps))[:, None])[:, :, None, None, None]
-    rises = [max(under(np.where(layer, forced, whole)) - best, 0.0) for layer in first]
-    own = mass.equal_rows_of(mass.block_mass(maps, block=block, length=length))
-    lost = jnp.square(1 - jnp.where(forced, own, 0.0).sum(-1)).mean((-2, -1))
-    found = jnp.where(lost > 0, jnp.array(rises) / lost, 0.0)
+    best, *others = losses = [under(x) for x in (whole, *np.where(first, forced, whole))]
+    if not np.isfinite(losses).all():
+        raise ValueError(
+            "loss must be finite under all blocks, and with each layer cut to its band; got "
+            f"{losses}."
+        )
+    rises = jnp.maximum(jnp.array(others) - best, 0.0)
+    own = mass.block_mass(maps, block=block, length=length)
+    if equal_rows:
+        own = mass.equal_rows_of(own)
+    # As the search counts: a row that is real in a share of the samples loses a share of that.
+    share, held = own.sum(-1), jnp.where(forced, own, 0.0).sum(-1)
+    each = jnp.square(share - held) / jnp.where(share > 0, share, 1.0)
+    lost = each.sum((-2, -1)) / jnp.maximum(share.sum((-2, -1)), 1e-30)
+    found = jnp.where(lost > 0, rises / lost, 0.0)
     return jnp.where(found.sum() > 0, found / jnp.maximum(found.mean(), 1e-30), 1.0)

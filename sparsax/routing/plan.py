@@ -122,7 +122,9 @@ def route_top_k(
     if coefficient == "spt":
         coefficients = 2.0 * p
     elif gain is not None:
-        coefficients = 1.0 + gain.astype(jnp.float32)[blocks] * p
+        # By a product, whose gradient is one, too: indices would add it up in no fixed order.
+        chosen = jax.nn.one_hot(blocks, num_blocks)
+        coefficients = 1.0 + jnp.matmul(chosen, gain.astype(jnp.float32), precision="highest") * p
     else:
         # p / stop_gradient(p), and exactly 1 also where a probability has underflowed to 0.
         fixed = jax.lax.stop_gradient(p)

@@ -76,6 +76,18 @@ def test_works_under_vmap_and_shared_by_devices(count):
     assert_near(jax.jit(inside)(state, ids, weights)["embedding"][...], want, 1e-5, "inside")
 
 
+@pytest.mark.parametrize("count", [256, 300])
+@pytest.mark.parametrize("kind", [np.uint8, jnp.uint8, jnp.int8])
+def test_ids_of_8_bits_count_as_what_they_are(count, kind):
+    ids = np.array([0, 1, 44, 100, 127 if kind is jnp.int8 else 255])
+    weights = np.ones((5, 4), np.float32)
+    want = np.zeros((count, 4))
+    want[ids] = 1
+    array = ids.astype(np.uint8) if kind is np.uint8 else jnp.asarray(ids, kind)
+    found = gradient(Embed(count, 4, rngs=nnx.Rngs(0)), array, weights)
+    np.testing.assert_array_equal(found, want)
+
+
 def test_refuses_ids_that_are_no_integers():
     with pytest.raises(ValueError, match="ids must be integers; got float32"):
         Embed(5, 4, rngs=nnx.Rngs(0))(jnp.ones(3))

@@ -17,7 +17,7 @@ from sparsax.nn import (
     call_with_routing,
     set_active,
 )
-from sparsax.routing import balance_loss
+from sparsax.routing import balance_loss, route_top_k
 from tests.helpers import assert_near
 
 D, F, G = 12, 32, 4
@@ -85,12 +85,17 @@ def test_back_to_dense_layers_with_lora_merged():
 @pytest.mark.parametrize("coefficient", ["gain", "straight_through", "spt"])
 def test_a_call_is_the_functional_one(coefficient):
     layer = touched(routed(active=2, coefficient=coefficient, activation="gelu_exact"))
+    if coefficient == "gain":
+        layer.router_gain[...] = jnp.linspace(-1.0, 1.0, G)
     mask = jnp.arange(9) < jnp.array([[9], [5]])
     p, plan = layer.route(inputs(), mask=mask)
     want_p = jax.nn.sigmoid(inputs() @ layer.router_kernel[...] + layer.router_bias[...])
     assert_near(p, want_p, 1e-6, "p")
     assert plan.active == 2
     assert int(plan.group_sizes.sum()) == 2 * 14
+    gain = {"gain": jnp.linspace(-1.0, 1.0, G)} if coefficient == "gain" else {}
+    own = route_top_k(want_p, 2, mask=mask, coefficient=coefficient, **gain)
+    assert_near(plan.coefficients, own.coefficients, 1e-6, "coefficients")
     want = routed_ffn(inputs(), layer.blocks, plan, activation="gelu_exact", lora=layer.lora)
     np.testing.assert_array_equal(layer(inputs(), mask=mask), want)
     assert not np.asarray(want)[1, 5:].any()

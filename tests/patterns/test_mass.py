@@ -186,7 +186,7 @@ def test_what_a_loss_minds_gets_the_blocks():
 
     def loss(pattern):
         mask = np.asarray(pattern.to_block_mask())
-        called.append(jax.tree.structure(pattern))
+        called.append(str(jax.tree.map(jnp.shape, pattern)))
         return 0.7 + (minds[:, None, None] * (1 - (own * mask).sum(-1)) ** 2).mean((1, 2)).sum()
 
     weights = layer_weights(loss, maps, block=BLOCK, causal=True)
@@ -198,6 +198,41 @@ def test_what_a_loss_minds_gets_the_blocks():
     even = mass.search(maps, block=BLOCK, density=0.6, causal=True)
     assert float(loss(found)) < float(loss(even))
     assert layer_weights(lambda _: 1.0, maps, block=BLOCK).tolist() == [1.0] * 3
+
+
+def test_padding_leaves_weights_as_they_are():
+    maps = score_maps(2, 1)
+    maps[1] = maps[0]
+    padded = maps.copy()
+    padded[:, :, 32:] = 0.0  # queries that are padding in every sample
+    minds = np.array([1.0, 1.0])
+    for each in (maps, padded):
+        own = np.asarray(mass.block_mass(each, block=BLOCK))
+
+        def loss(pattern, own=own):
+            mask = np.asarray(pattern.to_block_mask())
+            lost = own.sum(-1) - (own * mask).sum(-1)
+            return (minds[:, None, None] * lost**2).sum()
+
+        for equal_rows in (True, False):
+            weights = layer_weights(loss, each, block=BLOCK, equal_rows=equal_rows)
+            np.testing.assert_allclose(weights, [1.0, 1.0], rtol=1e-5)
+    cut = np.stack([maps[0], maps[0] * (np.arange(LENGTH) < 32)[:, None]])  # padding in one layer
+    for equal_rows in (True, False):
+        weights = layer_weights(loss_of(cut), cut, block=BLOCK, equal_rows=equal_rows)
+        np.testing.assert_allclose(weights, [1.0, 1.0], rtol=1e-5)
+
+
+def loss_of(maps):
+    """The mean square of the mass that rows lose, over those that are there; of all layers."""
+    own = np.asarray(mass.block_mass(maps, block=BLOCK))
+
+    def loss(pattern):
+        rows = own.sum(-1)
+        lost = (rows - (own * np.asarray(pattern.to_block_mask())).sum(-1)) ** 2
+        return (lost.sum((1, 2)) / rows.sum((1, 2))).sum()
+
+    return loss
 
 
 @pytest.mark.parametrize("causal", [False, True])
