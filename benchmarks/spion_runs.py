@@ -23,7 +23,7 @@ from resumed import turns_on_gpu
 from spion_methods import CONTROLS, FINDERS, Maps, Setting, by_mass, split_name
 from spion_rows import row_of
 from spion_state import Start, read_start, save_arrays, save_start
-from spion_task import Task, configured, head_maps, one_cycle, score
+from spion_task import Task, configured, head_maps, one_cycle, one_loss, score
 from spion_time import Watch, say
 
 from sparsax.nn import score_maps, set_patterns
@@ -202,15 +202,14 @@ class Runs:
         return row_of(self, name, result, facts, time.perf_counter() - begin)
 
     def weigh(self) -> tuple[list[float], float]:
-        """How much the validation minds what each layer loses, and milliseconds of asking it."""
+        """How much the loss minds what each layer loses, and milliseconds of asking it."""
         params = self.start.state["params"]
-        loss = lambda pattern: (
-            -score(self.task, self.model(params, pattern, "drop"), self.task.valid)
-        )
+        model = lambda pattern: nnx.split(self.model(params, pattern))
+        loss = lambda pattern: one_loss(self.task.loss, *model(pattern), self.task.valid)
         setting, begin = self.setting, time.perf_counter()
         weights = layer_weights(
             loss, self.maps.pooled, block=setting.block, band=setting.band, causal=setting.causal,
-            length=setting.length,
+            equal_rows=setting.equal_rows, length=setting.length,
         )  # fmt: skip
         took = 1e3 * (time.perf_counter() - begin)
         self.maps = dataclasses.replace(self.maps, weights=weights)
