@@ -14,12 +14,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from harness import save
 from spion_lm_gpu import full, language
 from spion_methods import FINDERS, Maps
 from spion_runs import Runs
 from spion_state import read_start
+from spion_task import score
 from tqdm import tqdm
 
 from sparsax.patterns import layer_weights
@@ -47,22 +47,14 @@ def main() -> None:
     kept = np.load(args.out / f"spion_{task.name}.npz")
     pooled = jax.numpy.asarray(kept["maps"], jax.numpy.float32)[:, None]
 
-    @jax.jit
-    def measured(state, batch):
-        return task.measure(nnx.merge(graph, state), batch)
-
-    graph = None
-
-    def bits(pattern, held, count: int) -> float:
-        nonlocal graph
-        graph, state = nnx.split(dense.model(params, pattern))
-        each = [measured(state, jax.tree.map(lambda x, i=i: x[i], held)) for i in range(count)]
-        return -float(np.mean(each))
-
-    others = lambda pattern: bits(pattern, task.valid, max(1, args.batches // 2))
-    weights = layer_weights(others, pooled, block=size.block, causal=True, length=size.length)
+    bits = lambda pattern, held: -score(task, dense.model(params, pattern), held)
+    others = jax.tree.map(lambda x: x[: max(1, args.batches // 2)], task.valid)
+    weights = layer_weights(
+        lambda pattern: bits(pattern, others), pooled, block=size.block, causal=True,
+        length=size.length,
+    )  # fmt: skip
     print("weights of the layers", weights.tolist())
-    rows = [{"search": "dense", "density": 1.0, "bits": bits(None, task.test[0], args.batches)}]
+    rows = [{"search": "dense", "density": 1.0, "bits": bits(None, task.test[0])}]
     rows[0]["weights"] = weights.tolist()
     for density in tqdm(args.densities):
         setting = dataclasses.replace(runs.setting, density=density)
@@ -72,7 +64,7 @@ def main() -> None:
             listed = np.asarray(pattern.to_block_mask()).sum((1, 2, 3)) / (setting.blocks + 1)
             rows.append({
                 "search": name, "density": density,
-                "bits": bits(pattern, task.test[0], args.batches),
+                "bits": bits(pattern, task.test[0]),
                 "densities": (2 * listed / setting.blocks).tolist(),
             })  # fmt: skip
             tqdm.write(str(rows[-1]))

@@ -84,10 +84,11 @@ def test_two_gpus_give_the_bits_of_one(c, split):
 @pytest.mark.parametrize("split", ["batch", "heads"])
 def test_lists_cut_elsewhere_differ_by_rounding_alone(split):
     # Where a long row or column is cut follows from the work of a GPU, and so does the order of its
-    # sums; they are rounded to bfloat16, which is right to 1/256.
+    # sums. Then o and dq are rounded to bfloat16, neighbours of which are up to 1/128 apart.
+    tolerance = {"o": 1 / 256, "lse": 1e-5, "dq": 1 / 256, "dk": 1e-3, "dv": 1e-3}
     one, two = attend(CUT, "pallas", None), attend(CUT, "pallas", split)
     for name, x, y in zip(NAMES, two, one, strict=True):
-        assert_near(x, y, 1 / 256, name)
+        assert_near(x, y, tolerance[name], name)
 
 
 @pytest.mark.parametrize("split", ["batch", "heads"])
