@@ -17,10 +17,11 @@ class Embed(nnx.Embed):
 
     `nnx.Embed` casts its table to `dtype` before it takes rows, so that XLA sums the gradient in
     that dtype too. In bfloat16 a sum of a few hundred stops growing, and on a GPU the additions are
-    slow: with a vocabulary of bytes they took most of a training step (docs/spion_findings.md). Here rows are taken first and cast then, which gives
-    the same values. The gradient of up to 1,024 rows is one matrix product, the same bits every
-    time, at the price of a one-hot row of float32 for every id; beyond, XLA's atomic additions sum
-    it in no fixed order. Reverse mode alone.
+    slow: with a vocabulary of bytes they took most of a training step (docs/spion_findings.md).
+    Here rows are taken first and cast then, which gives the same values. The gradient of up to
+    1,024 rows is one matrix product, the same bits every time, at the price of a one-hot row of
+    float32 for every id; beyond, XLA's atomic additions sum it in no fixed order. Reverse mode
+    alone.
 
     Args:
         num_embeddings: rows V of the table.
