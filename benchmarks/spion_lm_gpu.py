@@ -13,6 +13,7 @@ are bits per byte with a minus, so that higher is better, as everywhere.
 import dataclasses
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ LONG_METHODS = [
     "bigbird",
 ]  # fmt: skip
 BYTES = 32_768  # of a step
+HELD = 10**6  # seeds of held-out samples, beyond any step
 DENSITY = {2048: 0.2, 4096: 0.15, 8192: 0.1, 16384: 0.06, 32768: 0.03}
 FULL = Size(
     length=2048, block=64, layers=4, features=256, heads=4, batch_size=16, learning_rate=1e-3,
@@ -79,35 +81,53 @@ class Windows:
 
     length: int
 
+    @property
+    def span(self) -> int:
+        """Bytes of the text that a sample is made of."""
+        return self.length
+
+    def tokens(self, spans, seed) -> jax.Array:
+        """Samples `[B, T]` of spans of the text."""
+        return spans.astype(jnp.int32)
+
     def __call__(self, text, starts, step) -> tuple[Any]:
         """Tokens `[B, T]` of a step, traced or not."""
-        cut = lambda start: jax.lax.dynamic_slice_in_dim(text, start, self.length)
-        return (jax.vmap(cut)(starts[step % len(starts)]).astype(jnp.int32),)
+        cut = lambda start: jax.lax.dynamic_slice_in_dim(text, start, self.span)
+        return (self.tokens(jax.vmap(cut)(starts[step % len(starts)]), step),)
 
 
-def language(folder: Path, size: Size) -> Task:
+def language(
+    folder: Path,
+    size: Size,
+    windows: Windows | None = None,
+    *,
+    name: str = "lm",
+    loss: Callable[..., Any] = loss,
+    measure: Callable[..., Any] = measure,
+) -> Task:
     """Windows of the concatenated reviews; validation and test are two parts of the test file."""
-    text, other = (read(folder / f"imdb_{name}.jsonl.xz") for name in ("train", "test"))
+    windows = windows or Windows(size.length)
+    text, other = (read(folder / f"imdb_{part}.jsonl.xz") for part in ("train", "test"))
     config = DecoderConfig.llama(
         vocab_size=256, length=size.length, features=size.features, hidden=2 * size.features,
         num_heads=size.heads, layers=size.layers, dtype=dtype(),
     )  # fmt: skip
-    each = size.held_batches * size.batch_size * size.length
-    held = lambda part: (
-        jnp.asarray(other[part * each : (part + 1) * each].astype(np.int32)).reshape(
-            size.held_batches, size.batch_size, size.length
-        ),
-    )
+    each = size.held_batches * size.batch_size
     device = jnp.asarray(text)
+
+    def held(part: int) -> tuple[Any]:
+        spans = other[part * each * windows.span :][: each * windows.span].reshape(each, -1)
+        made = windows.tokens(jnp.asarray(spans), HELD + part)
+        return (made.reshape(size.held_batches, size.batch_size, size.length),)
 
     def batches(seed: int, steps: int) -> Partial:
         starts = np.random.default_rng(seed).integers(
-            0, len(text) - size.length, (steps + 1, size.batch_size)
+            0, len(text) - windows.span, (steps + 1, size.batch_size)
         )
-        return Partial(Windows(size.length), device, jnp.asarray(starts, jnp.int32))
+        return Partial(windows, device, jnp.asarray(starts, jnp.int32))
 
     return Task(
-        name=f"lm{size.length}", metric="bits per byte", size=size,
+        name=f"{name}{size.length}", metric="bits per byte", size=size,
         make=lambda seed: LanguageModel(config, rngs=nnx.Rngs(seed)), loss=loss,
         optimizer=OPTIMIZER, batches=batches, measure=measure, valid=held(0),
         test=[held(1), held(2)], causal=True,

@@ -63,7 +63,13 @@ def measure(run: Run, batch: Any, count: int, timed: bool) -> dict:
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if not timed or (limit is not None and row["bytes"] > 0.9 * limit):
         return row
-    state, metrics = run.train(run.begin(None, batch(0)[0]), batch, count, count)
+    try:
+        state, metrics = run.train(run.begin(None, batch(0)[0]), batch, count, count)
+        jax.block_until_ready(metrics)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return row  # it does not fit, perhaps beside what other processes hold
     row["loss"] = float(metrics["loss"])
     times = []
     for call in (2, 3):
