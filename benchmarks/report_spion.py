@@ -135,12 +135,12 @@ def section(path: Path, docs: Path) -> list[str]:
     size, trained = facts["size"], [row for row in rows if "method" in row]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     text = [
-        f"## {facts['task']}",
+        f"## {path.stem.removeprefix('spion_')}",
         f"`{record['command']}` on one {record['device']}, commit {record['commit']}, {versions}; "
         f"{facts['dtype']}, dense attention by {facts['dense']}. {size['layers']} layers, "
         f"{size['features']} features, {size['heads']} heads, {size['length']:,} tokens in blocks "
         f"of {size['block']}, batches of {size['batch_size']}; {size['steps']:,} steps after the "
-        "transition.",
+        f"transition; density {size['density']} where a method's own is not another.",
     ]  # fmt: skip
     if trained:
         text.append(methods(trained, facts["metric"]))

@@ -31,6 +31,8 @@ from spion_state import mebibytes, save_arrays
 from spion_task import Task, dtype
 from spion_time import Deadline, say
 
+DOTS = 128  # of a picture that is kept, each way
+
 
 class Book:
     """The rows of a task, and the file that they are in."""
@@ -150,16 +152,25 @@ def ending(book: Book, args: argparse.Namespace, methods: list[str]) -> str:
 def keep_pictures(path: Path, runs: Runs, method: str) -> None:
     """Maps and block masks, for the report."""
     kept = dict(np.load(path)) if path.exists() else {}
-    kept["maps"] = np.asarray(
-        runs.maps.pooled[:, 0], np.float16 if runs.setting.blocks > 64 else np.float32
-    )
+    kind = np.float16 if runs.setting.blocks > 64 else np.float32
+    kept["maps"] = coarser(np.asarray(runs.maps.pooled[:, 0])).astype(kind)
     if runs.maps.final is not None:
-        kept["final"] = np.asarray(runs.maps.final[:, 0])
+        kept["final"] = coarser(np.asarray(runs.maps.final[:, 0])).astype(kind)
     name, _ = split_name(method)
     if name != "dense":
         found = FINDERS[name](runs.setting, runs.maps)
-        kept[f"mask {name}"] = np.asarray(found.to_block_mask()[:, 0])
+        kept[f"mask {name}"] = coarser(np.asarray(found.to_block_mask()[:, 0]))
     save_arrays(path, **kept)
+
+
+def coarser(images: np.ndarray) -> np.ndarray:
+    """Pictures `[L, n, n]` of at most `DOTS` rows: means of neighbours where there are more."""
+    each = -(-images.shape[-1] // DOTS)
+    if each == 1:
+        return images
+    n = images.shape[-1] // each
+    tiles = images[:, : n * each, : n * each].reshape(-1, n, each, n, each)
+    return tiles.mean((2, 4), dtype=np.float32).astype(np.float16)
 
 
 def show(row: dict) -> None:
