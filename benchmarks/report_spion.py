@@ -30,6 +30,7 @@ SHOWN = (
     "C",
     "window",
     "bigbird",
+    "random",
 )
 INTRO = """Written by `benchmarks/report_spion.py`. A model is trained densely until its score maps
 settle (or a number of steps has passed); from that very state every method goes on for as many

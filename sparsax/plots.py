@@ -42,13 +42,14 @@ def spion_figure(
 
 
 def pattern_figure(
-    maps: Mapping[str, Float[ArrayLike, "L _ _"]], masks: Mapping[str, Bool[ArrayLike, "L n n"]]
+    maps: Mapping[str, Float[ArrayLike, "L _ _"]],
+    masks: Mapping[str, Bool[ArrayLike, "L n n"] | Float[ArrayLike, "L n n"]],
 ) -> Figure:
     """A row for every layer: maps, pooled or not, and block masks.
 
     Args:
         maps: score maps by the name to print above them.
-        masks: block masks likewise.
+        masks: block masks likewise, or the shares of coarser blocks that are listed.
 
     Returns:
         The figure; save it with `figure.savefig(path)`.
