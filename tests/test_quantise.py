@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from sparsax import ProductQuantizer
 from sparsax.quantise import codes as scoring
-from sparsax.quantise.kmeans import kmeans
+from sparsax.quantise.kmeans import kmeans, nearest
+from sparsax.quantise.vectors import UNROLLED
 from tests.helpers import assert_near
 
 B, S, N, K, H = 2, 40, 4, 2, 24
@@ -41,6 +42,44 @@ def test_codes_are_the_nearest_centroids_of_the_own_kv_head(heads, dtype):
     codes = quantizer().encode(x)
     assert codes.dtype == jnp.uint8
     np.testing.assert_array_equal(codes, plain_codes(quantizer().codebooks, x))
+
+
+@pytest.mark.parametrize("dim", [1, 8, 40])  # 40: more features than are written out
+def test_the_first_of_equal_centroids_is_chosen(dim):
+    assert (16 * dim > UNROLLED) == (dim == 40)
+    rng = np.random.default_rng(dim)
+    books = rng.integers(-2, 3, (K, 3, 16, dim)).astype(np.float32)  # whole, so sums are exact
+    books[:, :, 8:] = books[:, :, 7::-1]
+    x = rng.integers(-2, 3, (K, 50, 3, dim)).astype(np.float32)
+    gaps = ((x[:, :, :, None] - books[:, None]) ** 2).sum(-1)  # K n M E
+    codes = nearest(jnp.asarray(x), jnp.asarray(books))
+    assert codes.dtype == jnp.uint8
+    np.testing.assert_array_equal(codes, gaps.argmin(-1))
+    assert np.unique(codes).size == np.unique(gaps.argmin(-1)).size > 1
+
+
+@pytest.mark.parametrize("score", ["match", "adc"])
+def test_samples_mapped_over_have_the_codes_of_the_batch(score):
+    pq, q, k = quantizer(), tokens(N), tokens(K, 1)
+    encode = lambda q, k: pq.codes(q[None], k[None], score=score)
+    for ours, alone in zip(
+        jax.tree.leaves(jax.jit(lambda q, k: pq.codes(q, k, score=score))(q, k)),
+        jax.tree.leaves(jax.jit(jax.vmap(encode))(q, k)), strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(ours, alone[:, 0])
+
+
+@pytest.mark.parametrize("dim", [8, 40])
+def test_tables_are_products_rounded_to_their_range(dim):
+    rng = np.random.default_rng(dim)
+    books = rng.standard_normal((K, 3, 16, dim)).astype(np.float32)
+    q = rng.standard_normal((B, S, N, 3 * dim)).astype(np.float32)
+    grouped = q.reshape(B, S, K, -1, 3, dim).astype(np.float64)
+    products = np.einsum("bskgmd,kmed->bskgme", grouped, books).reshape(B, S, N, 3, 16)
+    above = products - products.min(-1, keepdims=True)
+    want = 255 * above / above.max((-2, -1), keepdims=True)
+    table = np.asarray(scoring.tables(jnp.asarray(q), jnp.asarray(books)), np.float64)
+    assert np.abs(table - want).max() < 0.5 + 1e-3
 
 
 @settings(max_examples=30, deadline=None)
@@ -179,6 +218,13 @@ def test_update_is_the_moving_average_of_shares_and_means():
             np.testing.assert_allclose(new.weights[h, m, e], weight, rtol=1e-5)
             np.testing.assert_allclose(stats.usage[h, m, e], share, rtol=1e-5)
     assert_near(2 * stats.distortion, pq.loss(k, queries=q), 1e-5, "distortion")
+
+
+def test_update_of_bfloat16_sums_in_float32():
+    many = jnp.tile(tokens(K, dtype="bfloat16"), (1, 10, 1, 1))  # counts too large for bfloat16
+    step = jax.jit(lambda k: quantizer().update(k, decay=0.1))
+    near = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    jax.tree.map(near, step(many), step(many.astype("float32")))
 
 
 def test_repeated_updates_lower_the_distortion():

@@ -6,10 +6,14 @@ pairs these are follows again from the codes, tile by tile (`sparsax.patterns.to
 
 import dataclasses
 import typing
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+
+from sparsax.quantise.vectors import each_product, join, samples_last, split
 
 Score = typing.Literal["match", "adc"]
 
@@ -79,6 +83,7 @@ def _shifts():
     return jnp.arange(0, 32, BITS, dtype=jnp.uint32)
 
 
+@jax.jit
 def tables(
     q: Float[Array, "B T N H"], codebooks: Float[Array, "K M E d"]
 ) -> UInt8[Array, "B T N M E"]:
@@ -88,12 +93,21 @@ def tables(
     changes the order of a row's keys, but for rounding to 1 / 255 of that range.
     """
     kv_heads, num_codes, _, dim = codebooks.shape
-    split = q.astype(jnp.float32).reshape(*q.shape[:2], kv_heads, -1, num_codes, dim)
-    products = jnp.einsum("btkgmd,kmed->btkgme", split, codebooks, precision="highest")
-    products = products.reshape(*q.shape[:3], *products.shape[-2:])
-    above = products - products.min(-1, keepdims=True)
-    widest = above.max((-2, -1), keepdims=True)
-    return jnp.round(above * (LEVELS / jnp.where(widest > 0, widest, 1.0))).astype(jnp.uint8)
+    vectors = split(q, kv_heads, dim)
+    products = list(each_product(vectors, codebooks))
+    # One complex number: for two results XLA would keep all products in memory.
+    ends = lax.complex(reduce(jnp.minimum, products), reduce(jnp.maximum, products))
+    ends = join(samples_last(ends), q.shape)
+    lowest, highest = ends.real, ends.imag
+    widest = (highest - lowest).max(-1)
+    # Nor is what this loop reads of queries worth keeping for the next.
+    q = lax.optimization_barrier(q).reshape(*q.shape[:2], kv_heads, -1, num_codes, dim)
+    features = (q[..., i, None].astype(jnp.float32) for i in range(dim))  # B T K G M 1
+    centroids = (codebooks[:, None, :, :, i] for i in range(dim))  # K 1 M E
+    table = reduce(jnp.add, map(jnp.multiply, features, centroids))
+    above = table.reshape(*lowest.shape, -1) - lowest[..., None]
+    scale = LEVELS / jnp.where(widest > 0, widest, 1.0)
+    return jnp.round(above * scale[..., None, None]).astype(jnp.uint8)
 
 
 def ready_keys(queries: Array, keys: UInt32[Array, "B S K W"], num_codes: int) -> Array:

@@ -5,18 +5,29 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, UInt8
 
-HIGHEST = lax.Precision.HIGHEST
+from sparsax.quantise.vectors import HIGHEST, each_product, samples_last
 
 
-def nearest(x: Float[Array, "K n M d"], codebooks: Float[Array, "K M E d"]) -> Int[Array, "K n M"]:
-    """The nearest centroid of every sub-vector, int32; the first of equals.
+@jax.jit
+def nearest(
+    x: Float[Array, "K n M d"], codebooks: Float[Array, "K M E d"]
+) -> UInt8[Array, "K n M"]:
+    """The nearest of at most 256 centroids of every sub-vector; the first of equals.
 
     |x - c|^2 is smallest where x c - |c|^2 / 2 is largest, so the differences are never formed.
     """
-    products = jnp.einsum("knmd,kmed->knme", x, codebooks, precision=HIGHEST)
-    return jnp.argmax(products - jnp.square(codebooks).sum(-1)[:, None] / 2, axis=-1)
+    lengths = (jnp.square(codebooks) / 2).sum(-1)  # halved first: one loop with the sum
+    products = enumerate(each_product(x, codebooks))
+    scores = (product - lengths[:, :, i, None] for i, product in products)
+    best = next(scores)
+    chosen = jnp.zeros(best.shape, jnp.uint8)
+    for i, score in enumerate(scores, start=1):
+        # The best so far by `maximum`: by a second `where`, XLA would keep all scores in memory.
+        chosen = jnp.where(score > best, jnp.uint8(i), chosen)
+        best = jnp.maximum(score, best)
+    return samples_last(chosen)
 
 
 @partial(jax.jit, static_argnames=("num_centroids", "iterations"))

@@ -9,7 +9,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key, UInt8
 
 from sparsax.quantise.codes import BITS, Codes, Score, pack, tables
-from sparsax.quantise.kmeans import HIGHEST, kmeans, nearest
+from sparsax.quantise.kmeans import kmeans, nearest
+from sparsax.quantise.vectors import HIGHEST, join, split
 
 
 class QuantizerStats(typing.NamedTuple):
@@ -79,23 +80,22 @@ class ProductQuantizer:
                 f"num_centroids must lie within [2, {2**BITS}] and iterations be at least 1; got "
                 f"{num_centroids} and {iterations}."
             )
-        x, counts = _samples(k, queries, key_mask, k.shape[2], dim)
-        if x.shape[1] < num_centroids:
+        parts, counts = _samples(k, queries, key_mask, k.shape[2], dim)
+        if counts.size < num_centroids:
             raise ValueError(
                 f"k-means needs at least num_centroids={num_centroids} tokens for every kv head; "
-                f"got {x.shape[1]}. Fit on a larger batch."
+                f"got {counts.size}. Fit on a larger batch."
             )
+        x = jnp.concatenate(parts, 1).astype(jnp.float32)
         books = kmeans(key, x, counts, num_centroids=num_centroids, iterations=iterations)
-        _, share = _assign(books, x, counts)
+        _, share = _assign(books, parts, counts)
         return cls(books, share)
 
     def encode(self, x: Float[Array, "B S N H"]) -> UInt8[Array, "B S N M"]:
         """The nearest centroid of every sub-vector; N is K or a multiple of it."""
         kv_heads, num_codes, _, dim = self.codebooks.shape
         _check_heads(x, kv_heads, dim, num_codes)
-        codes = nearest(_split(x, kv_heads, dim), self.codebooks).astype(jnp.uint8)
-        codes = codes.reshape(kv_heads, *x.shape[:2], -1, num_codes)
-        return jnp.moveaxis(codes, 0, 2).reshape(*x.shape[:3], num_codes)
+        return join(nearest(split(x, kv_heads, dim), self.codebooks), x.shape)
 
     def codes(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], *, score: Score = "match"
@@ -135,10 +135,12 @@ class ProductQuantizer:
         A centroid that nothing chose stays where it is while its weight decays. Arguments as of
         `fit`. Source: van den Oord et al., "VQ-VAE" (arXiv 1711.00937), appendix A.1.
         """
-        x, counts = _samples(*lax.stop_gradient((k, queries)), key_mask, *self._shape)
-        chosen, share = _assign(self.codebooks, x, counts)
-        total = jnp.maximum(counts.sum(), 1.0)
-        means = jnp.einsum("knme,knmd->kmed", chosen, x, precision=HIGHEST) / total
+        parts, counts = _samples(*lax.stop_gradient((k, queries)), key_mask, *self._shape)
+        chosen, share = _assign(self.codebooks, parts, counts)
+        x, total = jnp.concatenate(parts, 1), jnp.maximum(counts.sum(), 1.0)
+        means = jnp.einsum(
+            "knme,knmd->kmed", chosen, x, precision=HIGHEST, preferred_element_type=jnp.float32
+        ) / total  # fmt: skip
         weights = decay * self.weights + (1 - decay) * share
         moved = decay * self.weights[..., None] * self.codebooks + (1 - decay) * means
         books = moved / jnp.where(weights > 0, weights, 1.0)[..., None]
@@ -160,8 +162,9 @@ class ProductQuantizer:
         The paper adds it to the training loss with weight 1e-2. The first term moves the
         centroids alone, the second queries and keys alone (sg stops the gradient).
         """
-        x, counts = _samples(k, queries, key_mask, *self._shape)
-        chosen, _ = _assign(*lax.stop_gradient((self.codebooks, x)), counts)
+        parts, counts = _samples(k, queries, key_mask, *self._shape)
+        chosen, _ = _assign(*lax.stop_gradient((self.codebooks, parts)), counts)
+        x = jnp.concatenate(parts, 1)
         books = _error(chosen, lax.stop_gradient(x), self.codebooks)
         tokens = _error(chosen, x, lax.stop_gradient(self.codebooks))
         total = ((books + commitment * tokens) * counts[:, None]).sum()
@@ -172,27 +175,27 @@ class ProductQuantizer:
         return self.codebooks.shape[0], self.codebooks.shape[3]
 
 
-def _split(x, kv_heads, dim):
-    """`[B, S, N, H]` as samples of every kv head `[K, B*S*G, M, d]`, float32."""
-    x = x.astype(jnp.float32).reshape(*x.shape[:2], kv_heads, -1, x.shape[3] // dim, dim)
-    return jnp.moveaxis(x, 2, 0).reshape(kv_heads, -1, *x.shape[4:])
-
-
 def _samples(k, queries, key_mask, kv_heads, dim):
-    """Samples of keys, and of queries after them, and 1 for each that is not padding."""
+    """Samples of keys and of queries, apart, and 1 for each of all that is not padding."""
     arrays = [x for x in (k, queries) if x is not None]
     for x in arrays:
         _check_heads(x, kv_heads, dim)
     _check_kv_heads(k, kv_heads)
     mask = jnp.ones(k.shape[:2], bool) if key_mask is None else key_mask
     counts = [mask.astype(jnp.float32).repeat(x.shape[2] // kv_heads) for x in arrays]
-    return jnp.concatenate([_split(x, kv_heads, dim) for x in arrays], 1), jnp.concatenate(counts)
+    return [split(x, kv_heads, dim) for x in arrays], jnp.concatenate(counts)
 
 
-def _assign(books, x, counts):
-    """Which centroid every sample chose, one-hot `[K, n, M, E]`, and each centroid's share."""
-    chosen = jax.nn.one_hot(nearest(x, books), books.shape[2]) * counts[:, None, None]
-    return chosen, chosen.sum(1) / jnp.maximum(counts.sum(), 1.0)
+def _assign(books, parts, counts):
+    """Which centroid every sample chose, one-hot `[K, n, M, E]`, and each centroid's share.
+
+    One-hot in the samples' dtype, for whose products with them that is enough. Keys and queries
+    choose apart, as in `encode`: within one program XLA finds their codes only once.
+    """
+    chosen = jnp.concatenate([nearest(x, books) for x in parts], 1)
+    chosen = jax.nn.one_hot(chosen, books.shape[2], dtype=jnp.result_type(*parts))
+    chosen *= counts[:, None, None].astype(chosen.dtype)
+    return chosen, chosen.sum(1, dtype=jnp.float32) / jnp.maximum(counts.sum(), 1.0)
 
 
 def _error(chosen, x, books):
