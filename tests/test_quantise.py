@@ -82,6 +82,17 @@ def test_tables_are_products_rounded_to_their_range(dim):
     assert np.abs(table - want).max() < 0.5 + 1e-3
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3000))
+def test_tiles_of_rows_are_alike(length):
+    rows = scoring.tile_rows(length)
+    assert rows % 8 == 0
+    assert rows <= scoring.QUERY_TILE
+    tiles = -(-length // rows)
+    assert tiles == -(-length // scoring.QUERY_TILE)
+    assert tiles * rows - length < 8 * tiles
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 20), st.integers(0, 2**32 - 1))
 def test_unpack_is_the_inverse_of_pack(num_codes, seed):

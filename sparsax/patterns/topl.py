@@ -20,6 +20,7 @@ from sparsax.quantise.codes import (
     join_rows,
     ready_keys,
     split_rows,
+    tile_rows,
     tile_scores,
 )
 
@@ -92,7 +93,7 @@ def tokens(
     """
     length = check_codes(codes, keep, key_mask)
     best = lambda scores, _: _best(scores, keep, codes.most + 1)
-    tau, first = _over_rows(best, codes, causal, key_mask, QUERY_TILE)
+    tau, first = _over_rows(best, codes, causal, key_mask, tile_rows(length))
     # tiles B K G t -> B T N
     heads_last = lambda x: jnp.moveaxis(x, 4, 2).reshape(*x.shape[:2], x.shape[4], -1)
     in_order = lambda x: join_rows(heads_last(x), length)

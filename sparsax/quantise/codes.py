@@ -20,9 +20,9 @@ Score = typing.Literal["match", "adc"]
 BITS = 4
 CODES_PER_WORD = 32 // BITS
 # A table's largest entry. Whole numbers up to 256 are exact in bfloat16, and sums of 32 of them in
-# float32, so that a matmul gives the exact score whatever precision a device multiplies in.
+# float32, so that a matmul of bfloat16 gives the exact score.
 LEVELS = 255
-QUERY_TILE = 128  # queries whose scores with all keys are held at once
+QUERY_TILE = 128  # most queries whose scores with all keys are held at once
 
 
 @typing.no_type_check  # jax rebuilds pytrees with leaves of other types
@@ -114,7 +114,7 @@ def ready_keys(queries: Array, keys: UInt32[Array, "B S K W"], num_codes: int) -
     """The keys' side of `tile_scores`, made once for all tiles: words, or one-hot for a matmul."""
     if queries.ndim == 4:
         return keys.swapaxes(1, 2)  # B K S W
-    hot = jax.nn.one_hot(unpack(keys, num_codes), queries.shape[-1])
+    hot = jax.nn.one_hot(unpack(keys, num_codes), queries.shape[-1], dtype=jnp.bfloat16)
     return hot.reshape(*keys.shape[:3], -1).swapaxes(1, 2)  # B K S M*E
 
 
@@ -145,7 +145,7 @@ def tile_scores(
     if queries.ndim == 4:
         scores, most = _matches(grouped, ready, num_codes), num_codes
     else:
-        flat = grouped.reshape(*grouped.shape[:4], -1).astype(jnp.float32)
+        flat = grouped.reshape(*grouped.shape[:4], -1).astype(ready.dtype)
         scores = jnp.einsum("bkgte,bkse->bkgts", flat, ready, preferred_element_type=jnp.float32)
         scores, most = scores.astype(jnp.int32), LEVELS * num_codes
     gap = jnp.arange(kv_len) - rows[:, None]
@@ -173,6 +173,15 @@ def is_kept(
     tau, first = tau[..., None], first[..., None]
     ties = (scores == tau) & (jnp.arange(scores.shape[-1]) >= first)
     return (scores >= 0) & ((scores > tau) | ties)
+
+
+def tile_rows(length: int) -> int:
+    """Queries of a tile, at most `QUERY_TILE`: so many that hardly any of the last one is padding.
+
+    A multiple of eight, which matrix products like.
+    """
+    tiles = -(-length // QUERY_TILE)
+    return -(-length // (8 * tiles)) * 8
 
 
 def split_rows(x: Array, tile: int) -> Array:

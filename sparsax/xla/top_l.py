@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsax.quantise.codes import (
-    QUERY_TILE,
     is_kept,
     join_rows,
     ready_keys,
     split_rows,
+    tile_rows,
     tile_scores,
 )
 from sparsax.xla.walk import varying_zero
@@ -63,7 +63,8 @@ def top_l_backward(
         return (dk, dv), dq.reshape(qs.shape).astype(q.dtype)
 
     zero = varying_zero(q, k, v, o, lse, do, queries, keys, tau, first, key_mask)
-    steps = _tiles(q, queries, tau, first), *(split_rows(x, QUERY_TILE) for x in (do, lse, delta))
+    tile_of = lambda x: split_rows(x, tile_rows(q.shape[1]))
+    steps = _tiles(q, queries, tau, first), *map(tile_of, (do, lse, delta))
     zeros = jnp.zeros(k.shape) + zero
     (dk, dv), dq = lax.scan(tile, (zeros, zeros), steps)
     return join_rows(dq, q.shape[1]), dk.astype(k.dtype), dv.astype(v.dtype)
@@ -83,8 +84,9 @@ class _Kept:
 
 
 def _tiles(q, queries, tau, first):
-    cut = tuple(split_rows(x, QUERY_TILE) for x in (q, queries, tau, first))
-    positions = jnp.arange(cut[0].shape[0] * QUERY_TILE).reshape(-1, QUERY_TILE)
+    rows = tile_rows(q.shape[1])
+    cut = tuple(split_rows(x, rows) for x in (q, queries, tau, first))
+    positions = jnp.arange(cut[0].shape[0] * rows).reshape(-1, rows)
     return positions, *cut
 
 
