@@ -10,8 +10,9 @@ hold the choice, which "select" times alone. Beside ours: dense causal attention
 implementation up to `--xla-until` tokens, as long as its scores fit; and blocks of 64 by vote on
 the block-sparse kernels, their choice ("vote", portable in every case) again within and alone.
 Codes are random bits: only the vote's blocks, not their number, follow from them. They are given: a
-layer makes them from queries and keys, which "encode" times and no other part holds. MiB: what XLA
-reserves for forward and backward beside the arguments.
+layer makes them from queries and keys, which "encode" times and no other part holds; "encode_adc"
+does so with the tables of the other score. MiB: what XLA reserves for forward and backward beside
+the arguments.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from resumed import Results
 import sparsax
 from sparsax import pallas
 from sparsax.patterns import topl
-from sparsax.quantise import Codes
+from sparsax.quantise import Codes, Score
 
 FEATURES, BLOCK = 64, 64
 PEERS = ("dense", "xla", "blocks")
@@ -39,10 +40,9 @@ def random_codes(batch: int, length: int, heads: int) -> Codes:
     return Codes(words(1), words(2), num_codes=8)
 
 
-def encode(q, k) -> Codes:
-    """Codes of eight drawn codebooks for every head."""
-    books = jax.random.normal(jax.random.key(5), (k.shape[2], 8, 16, FEATURES // 8))
-    return sparsax.ProductQuantizer(books, jnp.ones(books.shape[:3])).codes(q, k, score="match")
+def encode(q, k, books, score: Score = "match") -> Codes:
+    """Codes of a layer whose centroids are these."""
+    return sparsax.ProductQuantizer(books, jnp.ones(books.shape[:3])).codes(q, k, score=score)
 
 
 def choose(codes: Codes, keep: int, implementation: str):
@@ -71,6 +71,7 @@ def parts(batch: int, length: int, args) -> dict:
     shape = batch, length, args.heads, FEATURES
     arrays = jax.random.normal(jax.random.key(0), (4, *shape), jnp.bfloat16)
     codes, keep = random_codes(batch, length, args.heads), max(1, length // 8)
+    books = jax.random.normal(jax.random.key(5), (args.heads, 8, 16, FEATURES // 8))
     calls = 2 if args.quick else max(2, min(50, 2**18 // (batch * length)))
 
     def start(attend, *rest):
@@ -92,7 +93,8 @@ def parts(batch: int, length: int, args) -> dict:
     )
     found = {
         "ours": lambda: ours().time(arrays, codes),
-        "encode": lambda: alone(encode, *arrays[:2]),
+        "encode": lambda: alone(encode, *arrays[:2], books),
+        "encode_adc": lambda: alone(functools.partial(encode, score="adc"), *arrays[:2], books),
         "select": lambda: alone(lambda codes: choose(codes, keep, args.implementation), codes),
         "kernels": lambda: {"ms": ours().kernels(arrays, codes)},
         "dense": lambda: start(dense).time(arrays),
@@ -149,7 +151,7 @@ def main() -> None:
             if peer not in PEERS or peer in args.peers:
                 results.measure(key, part, measured)
         show(row, time.perf_counter() - begin)
-    results.end("ours", "encode", "select", "kernels")
+    results.end("ours", "encode", "encode_adc", "select", "kernels")
 
 
 if __name__ == "__main__":
