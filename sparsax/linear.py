@@ -20,6 +20,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_exact": partial(jax.nn.gelu, approximate=False),
 }
 
+KERNEL_ROWS = 4096  # from which the kernels were measured to be faster, forward
+
 
 def tsvd_matmul(
     x: Float[Array, "*B D"],
@@ -44,7 +46,9 @@ def tsvd_matmul(
         implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs:
             batched matmuls that transpose nothing in between, or one fused kernel that stores no
             `x u` where that reads less; bfloat16 or float16, tiles in multiples of 64, ranks in
-            multiples of 16, see `TiledFactors.pad_rank`), or None for "xla". A name runs or raises.
+            multiples of 16, see `TiledFactors.pad_rank`). None is "pallas" where the kernels can
+            run, are not differentiated, and have 4,096 rows or more; "xla" otherwise, which was
+            as fast or faster there (docs/tsvd.md). A name runs or raises.
 
     Returns:
         `[*B, F]` in x's dtype.
@@ -100,6 +104,7 @@ class _Call(typing.NamedTuple):
     side: str | None
     activation: str | None
     kernel: bool
+    kernel_alone: bool  # where no gradient is asked for
     interpret: typing.Any
 
 
@@ -112,13 +117,12 @@ def _apply(x, factors, bias, activation, implementation):
     else:
         first, second, side = factors.tiles, factors.common, factors.side
         pad_in, pad_out = (0, factors.pad) if side == "right" else (factors.pad, 0)
-    interpret = None
+    refusal = "has no kernel for common factors, which are two dense matmuls"
+    if side is None:
+        refusal = pallas.tsvd_refusal(x, first, second, activation)
     if implementation == "pallas":
-        refusal = "has no kernel for common factors, which are two dense matmuls"
-        if side is None:
-            refusal = pallas.tsvd_refusal(x, first, second, activation)
         checks.kernel_runs(refusal)
-        interpret = pallas.interpret()
+    alone = implementation is None and refusal is None and x.size // x.shape[-1] >= KERNEL_ROWS
     rows = jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, pad_in)))
     bias = None if bias is None else jnp.pad(bias, (0, pad_out))
     if implementation == "reference":
@@ -128,7 +132,8 @@ def _apply(x, factors, bias, activation, implementation):
         else:
             y = reference.tsvd_common_matmul(rows, first, second, bias, side=side, **options)
     else:
-        call = _Call(side, activation, implementation == "pallas", interpret)
+        kernel = implementation == "pallas"
+        call = _Call(side, activation, kernel, kernel or alone, pallas.interpret())
         arrays = xla.vary_alike((rows, first, second, bias))
         y = typing.cast(jax.Array, _linear(call, *arrays))
     y = y.astype(x.dtype)
@@ -138,7 +143,7 @@ def _apply(x, factors, bias, activation, implementation):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(call: _Call, x, first, second, bias):
-    return _forward(call, x, first, second, bias)[0]
+    return _forward(call._replace(kernel=call.kernel_alone), x, first, second, bias)[0]
 
 
 def _forward(call, x, first, second, bias):

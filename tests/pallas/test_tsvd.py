@@ -201,6 +201,26 @@ def test_the_fused_kernel_lowers(size, rank):
     assert kernels(text) == FORWARD["fused"] | BACKWARD
 
 
+@pytest.mark.parametrize(
+    ("rows", "rank", "gradient", "found"),
+    [
+        (4096, 64, False, True), (4095, 64, False, False), (4096, 64, True, False),
+        (4096, 8, False, False),
+    ],
+)  # fmt: skip
+def test_none_runs_the_kernels_where_they_are_faster(rows, rank, gradient, found):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    factors = TiledFactors(of(3, 64, 4, rank), of(4, 3, rank, 64), pad_in=0, pad_out=0)
+
+    def run(x, factors):
+        return tsvd_matmul(x, factors).astype(jnp.float32).sum()
+
+    with pallas.lowering():
+        traced = jax.jit(jax.grad(run) if gradient else run).trace(of(rows, 192), factors)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert bool(kernels(text)) == found
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
 def test_activations_lower_in_the_epilogue(activation, schedule):
     x, factors, bias, _ = CASES[0].inputs()
