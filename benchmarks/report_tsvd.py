@@ -14,11 +14,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from report import DOCS, number, origin, read, table
 
-DECODER = """A decoder writes a token by a few small kernels a layer, 15 where all is dense, and launching
-them takes most of the time: factors have less to read, and gain little from it. One row at a time
-XLA (compiled for an H200) forms the products of two of a block's dense matrices, in bfloat16, in
-memory before it sums them, and none of factored ones, which is why these are ahead there and behind
-16 at a time."""
+DECODER = """A token takes the dense decoder 1.4 ms, where reading its parameters once would take
+.2: a block is 15 small kernels, one after the other. Factors have less to read, and gain little
+from it. One row at a time XLA (compiled for an H200) forms the products of two of a block's dense
+matrices, in bfloat16, in memory before it sums them, and none of factored ones, which is why
+these are ahead there and behind 16 at a time."""
 
 
 def missing(name: str) -> str:
