@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from harness import save
-from spion_ahead import Ahead
+from spion_compiler import Compiler
 from spion_methods import FINDERS, NEEDS_WHOLE, kind_of, search_of, split_name
 from spion_peers import compare_losses, missing, peers
 from spion_programs import compile_all
@@ -93,27 +93,23 @@ def compare(task: Task, args: argparse.Namespace, methods: list[str]) -> None:
 
 def one_seed(runs: Runs, left: list[str], timed: list[str], book: Book, deadline: Deadline) -> None:
     """All programs, the dense phase, the methods, the peers."""
-    ahead = Ahead(deadline.over)
-    try:
-        compile_all(runs, ahead, left, timed)
-        ahead.settle()
-    finally:
-        ahead.close()
-    ahead.check("dense")
+    with Compiler(deadline.over) as compiler:
+        compile_all(runs, compiler, left, timed)
+    compiler.check("dense")
     with runs.turn:
         begun = not deadline.over() and runs.begin()
     if begun:
-        train(runs, left, book, deadline, ahead)
-        for row in peers(runs, timed, deadline, ahead):
+        train(runs, left, book, deadline, compiler)
+        for row in peers(runs, timed, deadline, compiler):
             book.add(row)
         compare_losses(book.rows)
 
 
-def train(runs: Runs, left: list[str], book: Book, deadline: Deadline, ahead: Ahead) -> None:
+def train(runs: Runs, left: list[str], book: Book, deadline: Deadline, compiler: Compiler) -> None:
     """The methods in order, as far as the time goes."""
     for name in left:
         for kind in filter(None, (kind_of(name), search_of(name))):
-            ahead.check(kind)
+            compiler.check(kind)
         with runs.turn:  # which may be long in coming
             if seconds(book.rows, name) > deadline.left():
                 return

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from spion_ahead import Ahead
+from spion_compiler import Compiler
 from spion_methods import FINDERS
 from spion_time import Deadline, say
 
@@ -24,10 +24,10 @@ def missing(rows: list[dict], dense: str) -> list[str]:
     return [name for name in PEERS if name not in known]
 
 
-def peers(runs: Any, names: list[str], deadline: Deadline, ahead: Ahead):
+def peers(runs: Any, names: list[str], deadline: Deadline, compiler: Compiler):
     """Rows of milliseconds and bytes of a step; the loss tells whether the dense ones agree."""
     for name in names:
-        ahead.check(peer_kind(name))
+        compiler.check(peer_kind(name))
         dense = "xla" if name == MATERIALISED else runs.args.dense
         pattern = None if name.startswith("dense") else FINDERS[name](runs.setting, None)
         run = runs.run("drop", dense, pattern)

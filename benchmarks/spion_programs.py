@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from spion_ahead import Ahead
+from spion_compiler import Compiler
 from spion_methods import FINDERS, Maps, kind_of, search_of, split_name
 from spion_peers import MATERIALISED, arguments, peer_kind
 from spion_runs import Runs
@@ -15,39 +15,39 @@ from sparsax import BlockPattern
 from sparsax.training.run import Run
 
 
-def compile_all(runs: Runs, ahead: Ahead, methods: list[str], peers: list[str]) -> None:
+def compile_all(runs: Runs, compiler: Compiler, methods: list[str], peers: list[str]) -> None:
     """Begins with what the dense phase needs, ends with what only the timed peers need."""
-    compile_kind(runs, ahead, "dense")
+    compile_kind(runs, compiler, "dense")
     for name in methods:
         search = search_of(name)
-        if search is not None and search not in ahead.jobs:
-            compile_search(runs, ahead, search, split_name(name)[0])
-        if kind_of(name) not in ahead.jobs:
-            compile_kind(runs, ahead, kind_of(name))
+        if search is not None and search not in compiler.jobs:
+            compile_search(runs, compiler, search, split_name(name)[0])
+        if kind_of(name) not in compiler.jobs:
+            compile_kind(runs, compiler, kind_of(name))
     for name in peers:
-        if peer_kind(name) not in ahead.jobs:
-            compile_kind(runs, ahead, peer_kind(name))
+        if peer_kind(name) not in compiler.jobs:
+            compile_kind(runs, compiler, peer_kind(name))
 
 
-def compile_kind(runs: Runs, ahead: Ahead, kind: str) -> None:
+def compile_kind(runs: Runs, compiler: Compiler, kind: str) -> None:
     """The programs of a kind of method, see `kind_of`, or of the materialised peer."""
     size, run = runs.task.size, of_kind(runs, kind)
-    ahead.program(
+    compiler.program(
         kind, "training",
         lambda: run.programs.train.lower(*arguments(run, runs.batch), count=size.steps_per_call),
     )  # fmt: skip
     if kind == MATERIALISED:
         return
     model = nnx.split(run.model(run.params, run.patterns))
-    ahead.program(
+    compiler.program(
         kind, "score", lambda: one_score.lower(runs.task.measure, *model, runs.task.valid)
     )
     if kind == "dense":
         tokens = runs.batch(0)[0]
-        ahead.program(
+        compiler.program(
             kind, "probe", lambda: run.programs.maps.lower(run.params, run.rest, None, tokens)
         )
-        ahead.program(kind, "maps of heads", lambda: head_maps.lower(*model, tokens, size.block))
+        compiler.program(kind, "maps of heads", lambda: head_maps.lower(*model, tokens, size.block))
 
 
 def of_kind(runs: Runs, kind: str) -> Run:
@@ -64,7 +64,7 @@ def of_kind(runs: Runs, kind: str) -> Run:
     return runs.run(pruned, runs.args.dense, pattern)
 
 
-def compile_search(runs: Runs, ahead: Ahead, kind: str, method: str) -> None:
+def compile_search(runs: Runs, compiler: Compiler, kind: str, method: str) -> None:
     """A search, made ready by maps that are drawn; and what `again` needs in the middle."""
     size, blocks = runs.task.size, runs.setting.blocks
 
@@ -82,10 +82,10 @@ def compile_search(runs: Runs, ahead: Ahead, kind: str, method: str) -> None:
         if method == "again":
             runs.search_again(maps.pooled if maps.whole is None else maps.whole)
 
-    ahead.call(kind, search)
+    compiler.call(kind, search)
     if method == "again":
         run, tokens = of_kind(runs, "shared drop"), runs.batch(0)[0]
-        ahead.program(
+        compiler.program(
             kind, "probe",
             lambda: run.programs.maps.lower(run.params, run.rest, run.patterns, tokens),
         )  # fmt: skip

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import spion_ahead
 import spion_compare
+import spion_compiler
 import spion_runs
 import spion_state
 import spion_time
@@ -131,18 +131,16 @@ def test_programs_are_made_in_order_and_fail_where_they_are_asked_for():
             if self.name == "bad":
                 raise RuntimeError("no such program")
 
-    ahead = spion_ahead.Ahead(lambda: False)
-    for kind in ("one", "bad", "two"):
-        ahead.program(kind, "training", lambda kind=kind: Program(kind))
     called = []
-    ahead.call("search", lambda: called.append(1))
-    ahead.settle()
+    with spion_compiler.Compiler(lambda: False) as compiler:
+        for kind in ("one", "bad", "two"):
+            compiler.program(kind, "training", lambda kind=kind: Program(kind))
+        compiler.call("search", lambda: called.append(1))
     for kind in ("one", "two", "search"):
-        ahead.check(kind)
+        compiler.check(kind)
     assert (order, called) == (["one", "bad", "two"], [1])
     with pytest.raises(RuntimeError, match="no such program"):
-        ahead.check("bad")
-    ahead.close()
+        compiler.check("bad")
 
 
 def test_a_start_is_read_as_it_was_written(tmp_path):

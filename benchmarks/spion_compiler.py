@@ -13,7 +13,7 @@ from typing import Any
 from spion_time import say
 
 
-class Ahead:
+class Compiler:
     """Lowers one program after the other, and compiles several at a time.
 
     Tracing and lowering are Python, so that two at a time would both be late; XLA's compilation
@@ -49,22 +49,24 @@ class Ahead:
 
         self.jobs.setdefault(kind, []).append(self.lowering.submit(work))
 
-    def settle(self) -> None:
-        """Until nothing is compiled any more, whatever came of it."""
-        begin = time.monotonic()
-        for job in [job for jobs in self.jobs.values() for job in jobs]:
-            if job.exception() is None and (compiled := job.result()) is not None:
-                compiled.exception()
-        say(f"{len(self.jobs)} kinds of programs are there after {time.monotonic() - begin:.1f} s")
-
     def check(self, kind: str) -> None:
         """Raises what went wrong with a kind."""
         for job in self.jobs[kind]:
             if (compiled := job.result()) is not None:
                 compiled.result()
 
-    def close(self) -> None:
-        """Begins nothing more, and waits for what is under way, which the next start will find."""
+    def __enter__(self) -> "Compiler":
+        return self
+
+    def __exit__(self, error: Any, *_: Any) -> None:
+        """Waits until nothing is compiled any more; after an error, begins nothing more either."""
+        begin = time.monotonic()
+        if error is None:
+            for job in [job for jobs in self.jobs.values() for job in jobs]:
+                if job.exception() is None and (compiled := job.result()) is not None:
+                    compiled.exception()
+            took = time.monotonic() - begin
+            say(f"{len(self.jobs)} kinds of programs are there after {took:.1f} s")
         self.lowering.shutdown(cancel_futures=True)
         self.compiling.shutdown(cancel_futures=True)
 
