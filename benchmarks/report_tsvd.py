@@ -58,7 +58,7 @@ def best(row: dict, kind: str, times: str = "ms") -> float | None:
     return row[times]["dense"] / min(found) if found else None
 
 
-KINDS = ("svd", "xla", "products", "fused", "common")
+KINDS = ("svd", "xla", "products", "fused", "split", "common")
 
 
 def speed(rows: list[dict], times: str) -> str:
@@ -72,7 +72,7 @@ def speed(rows: list[dict], times: str) -> str:
             *(number(best(row, kind, times)) for kind in KINDS), min(own, key=own.get),
         ])  # fmt: skip
     head = ["layer", "rows", "compression", "dense ms", "SVD", "TSVD, XLA", "TSVD, two products"]
-    return table([*head, "TSVD, fused", "TSVD-common", "fastest"], cells)
+    return table([*head, "TSVD, fused", "TSVD, few rows", "TSVD-common", "fastest"], cells)
 
 
 def speed_picture(rows: list[dict]) -> Figure:

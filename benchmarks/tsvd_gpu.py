@@ -4,11 +4,11 @@
 
 bfloat16, random factors, the layers of GPT-2 and Llama-7B. Beside the dense matmul (cuBLAS): plain
 SVD of equal budget, two dense matmuls; TSVD through XLA and through the Hopper kernels, two batched
-products or one fused kernel, by size of the tiles; TSVD-common on both sides. Milliseconds are
-medians over runs of calls inside one program. Up to `--chain` rows, where a call ends before the
-next could be dispatched, they are those of a layer in a chain of 16 with weights of their own, up
-and down again; "x" is the dense time over the way's. Values of the kernels are compared with those
-of the portable implementation first.
+products, one fused kernel, or one for few rows, by size of the tiles; TSVD-common on both sides.
+Milliseconds are medians over runs of calls inside one program. Up to `--chain` rows, where a call
+ends before the next could be dispatched, they are those of a layer in a chain of 16 with weights of
+their own, up and down again; "x" is the dense time over the way's. Values of the kernels are
+compared with those of the portable implementation first.
 """
 
 import argparse
@@ -88,14 +88,17 @@ def ways(args, ratio: float, k: int, n: int) -> dict:
         make = partial(tiled, size, ratio)
         found[f"xla {size}"] = make, partial(times_tiled, implementation="xla")
         if args.kernels:
-            for schedule in ("products", "fused"):
+            for schedule in ("products", "fused", "split"):
                 found[f"{schedule} {size}"] = make, partial(scheduled, schedule=schedule)
     return {name: way for name, way in found.items() if name.split()[0] in args.ways}
 
 
-def takes(name: str, weights) -> bool:
-    """Whether the kernel has a form for these factors."""
-    return not name.startswith("fused") or pallas.tsvd.fused.Tiling.of(*weights) is not None
+def takes(name: str, rows: int, weights) -> bool:
+    """Whether the kernel has a form for these rows and factors."""
+    if name.startswith("split") and rows > pallas.tsvd.split.ROWS:
+        return False
+    form = getattr(pallas.tsvd, name.split()[0], None)  # the module of a schedule
+    return not hasattr(form, "Tiling") or form.Tiling.of(*weights) is not None
 
 
 def lowered(function, *makers):
@@ -174,12 +177,12 @@ def start(pool, args, layer: str, rows: int, ratio: float) -> dict:
         found["both_ms"] = {"dense": timed(dense, gradients(jnp.matmul))}
     for name, (make, product) in ways(args, ratio, k, n).items():
         shapes = (jax.eval_shape(partial(make, *shape, 2)) for shape in ((k, n), (n, k)))
-        if not all(takes(name, weights) for weights in shapes):
+        if not all(takes(name, rows, weights) for weights in shapes):
             continue
-        if name.split()[0] in ("products", "fused"):
+        if name.split()[0] in ("products", "fused", "split"):
             found["errors"][name] = check(pool, name, make, product, rows, k, n)
         found["ms"][name] = timed(make, product)
-        if backward and not name.startswith("fused"):
+        if backward and not name.startswith(("fused", "split")):
             kernels = partial(times_tiled, implementation="pallas")
             both = gradients(kernels if name.startswith("products") else product)
             found["both_ms"][name] = timed(make, both)
@@ -201,7 +204,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[2, 4, 8])
     parser.add_argument("--tiles", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--common-tile", type=int, default=128)
-    kinds = ["svd", "common", "xla", "products", "fused"]
+    kinds = ["svd", "common", "xla", "products", "fused", "split"]
     parser.add_argument("--ways", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--chain", type=int, default=16, help="up to so many rows")
     parser.add_argument("--calls", type=int, default=50, help="in one program, at most")

@@ -33,7 +33,7 @@ def main(rows: int, size: int, rank: int, schedule: str) -> None:
 
     def step(x, u, v, bias, dy):
         y = pallas.tsvd_forward(x, u, v, bias, activation="gelu", schedule=schedule)
-        return y if schedule == "fused" else (y, pallas.tsvd_backward(x, u, v, dy))
+        return y if schedule != "products" else (y, pallas.tsvd_backward(x, u, v, dy))
 
     with pallas.lowering():
         jax.jit(step).trace(

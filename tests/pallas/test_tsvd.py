@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import re
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import pytest
 from sparsax import TiledFactors, pallas, tsvd_matmul
 from sparsax.pallas import tsvd
 from sparsax.pallas.grouped_matmul import product
-from sparsax.pallas.tsvd import products
+from sparsax.pallas.tsvd import products, split
 from tests.helpers import TOLERANCES, assert_near, launched
 from tests.pallas.cases import cells
 from tests.test_linear import Case, multiply
@@ -38,6 +37,17 @@ FUSED = (
     Case(name="fused_silu", M=(200,), D=64, F=512, tile=(64, 256), rank=96, dtype="bfloat16",
          activation="silu"),
     Case(name="fused_pair", M=(70,), D=128, F=768, tile=(64, 128), rank=32, dtype="bfloat16"),
+)  # fmt: skip
+
+# What the kernel for few rows takes: every rank's and tile's lines, shares that are not equal.
+FEW = (
+    Case(name="few", M=(1,), D=300, F=250, tile=128, rank=32, dtype="bfloat16"),
+    Case(name="few_gelu", M=(2, 9), D=384, F=500, tile=(64, 128), rank=16, dtype="float16",
+         activation="gelu"),
+    Case(name="few_wide", M=(64,), D=128, F=512, tile=(64, 512), rank=96, dtype="bfloat16",
+         bias=False),
+    Case(name="few_silu", M=(16,), D=320, F=512, tile=(64, 256), rank=128, dtype="bfloat16",
+         activation="silu"),
 )  # fmt: skip
 
 
@@ -70,9 +80,10 @@ def few_blocks(fresh, monkeypatch):
     """Four thread blocks: products are wide, clusters share copies, and all walk over tiles."""
     monkeypatch.setattr(product, "multiprocessors", lambda: 4)
     monkeypatch.setattr(products, "multiprocessors", lambda: 4)
+    monkeypatch.setattr(split, "multiprocessors", lambda: 4)
 
 
-@pytest.fixture(params=typing.get_args(tsvd.Schedule))
+@pytest.fixture(params=["fused", "products"])
 def schedule(request, monkeypatch):
     """The only schedule there is."""
     monkeypatch.setattr(tsvd, "best_schedule", lambda *_: request.param)
@@ -99,6 +110,19 @@ def test_the_fused_kernel_matches_the_reference(c, monkeypatch):
         forward_is_near(c)
 
 
+@pytest.fixture
+def few_rows(monkeypatch):
+    """The schedule for few rows, which has to be asked for."""
+    monkeypatch.setattr(tsvd, "best_schedule", lambda *_: "split")
+
+
+@pytest.mark.usefixtures("few_rows", "few_blocks")
+@pytest.mark.parametrize("c", FEW, ids=lambda c: c.name)
+def test_the_kernel_for_few_rows_matches_the_reference(c):
+    with pallas.interpreted():
+        forward_is_near(c)
+
+
 RACING = Case(name="races", M=(330,), D=192, F=256, tile=64, rank=64, dtype="bfloat16")
 
 
@@ -106,6 +130,12 @@ RACING = Case(name="races", M=(330,), D=192, F=256, tile=64, rank=64, dtype="bfl
 def test_no_races_forward(schedule):
     with pallas.interpreted(detect_races=True):
         forward_is_near(dataclasses.replace(RACING, M=(200,) if schedule == "fused" else (330,)))
+
+
+@pytest.mark.usefixtures("few_rows", "few_blocks", "no_races")
+def test_no_races_of_few_rows():
+    with pallas.interpreted(detect_races=True):
+        forward_is_near(FEW[0])
 
 
 @pytest.mark.usefixtures("few_blocks", "no_races")
@@ -154,6 +184,13 @@ def test_the_fused_kernel_matches_the_reference_on_the_gpu(c, monkeypatch):
     forward_is_near(c)
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("c", [*FEW, LARGE[2]], ids=lambda c: c.name)
+def test_the_kernel_for_few_rows_matches_the_reference_on_the_gpu(c):
+    forward_is_near(c)
+
+
 BACKWARD = {"hidden", "dhidden", "dx", "du", "dv"}
 FORWARD = {"fused": {"fused"}, "products": {"hidden", "out"}}
 
@@ -199,6 +236,16 @@ def test_the_fused_kernel_lowers(size, rank):
     text = lower(size, rank, "bfloat16", rows=8192, num_out=8)
     assert launched(text) == 6
     assert kernels(text) == FORWARD["fused"] | BACKWARD
+
+
+@pytest.mark.parametrize(("size", "rank"), list(itertools.product((128, 256, 512), (16, 96, 128))))
+def test_the_kernel_for_few_rows_lowers(size, rank):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    run = jax.jit(lambda *a: pallas.tsvd_forward(*a, None, activation="relu", schedule="split"))
+    with pallas.lowering():
+        traced = run.trace(of(3, 5 * size), of(5, size, 7, rank), of(7, 5, rank, size))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert kernels(text) == {"split"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Products with tiled factors: two batched matmuls, or one fused kernel."""
+"""Products with tiled factors: two batched matmuls, one fused kernel, or one for few rows."""
 
 import functools
 import typing
@@ -7,9 +7,9 @@ import jax
 
 from sparsax.pallas.activations import ACTIVATIONS
 from sparsax.pallas.support import DTYPES, on_hopper, vary
-from sparsax.pallas.tsvd import fused, products
+from sparsax.pallas.tsvd import fused, products, split
 
-Schedule = typing.Literal["fused", "products"]
+Schedule = typing.Literal["fused", "products", "split"]
 ALIGNMENT = 64, 16  # what divides tiles and ranks: a chunk's columns, a matrix instruction's depth
 
 
@@ -30,7 +30,7 @@ def tsvd_refusal(x, u, v, activation: str | None) -> str | None:
 
 
 def best_schedule(rows: int, u, v) -> Schedule:
-    """Which way to compute `x w` for so many rows.
+    """Which way to compute `x w` for so many rows; "split" has to be named, it was not timed yet.
 
     The fused kernel is chosen where all of these hold:
     - It has a tiling, see `fused.Tiling.of`.
@@ -57,7 +57,7 @@ def tsvd_forward(
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _forward(x, u, v, bias, activation: str | None, schedule: Schedule, interpret):
-    run = fused.forward if schedule == "fused" else products.forward
+    run = {"fused": fused, "products": products, "split": split}[schedule].forward
     y = run(x, u, v, bias, activation=activation, interpret=interpret)
     return vary(y, (x, u, v, bias))
 
