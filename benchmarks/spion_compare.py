@@ -160,7 +160,10 @@ def keep_pictures(path: Path, runs: Runs, method: str) -> None:
 
 
 def coarser(images: np.ndarray) -> np.ndarray:
-    """Pictures `[L, n, n]` of at most `DOTS` rows: means of neighbours where there are more."""
+    """Pictures `[L, n, n]` of at most `DOTS` rows: means of neighbours where there are more.
+
+    Rows and columns at the end that make no whole mean are left out.
+    """
     each = -(-images.shape[-1] // DOTS)
     if each == 1:
         return images

@@ -69,7 +69,7 @@ def measure(run: Run, batch: Any, count: int, timed: bool) -> dict:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return row  # it does not fit, perhaps beside what other processes hold
+        return row | {"out_of_memory": True}  # perhaps beside what other processes hold
     row["loss"] = float(metrics["loss"])
     times = []
     for call in (2, 3):

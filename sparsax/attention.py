@@ -10,8 +10,19 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsax import checks, pallas, reference, xla
 from sparsax.compound import CompoundPattern
 from sparsax.layouts import BlockPattern
+from sparsax.lowrank import TiledFactors
 from sparsax.quantise import Codes
-from sparsax.typing import Implementation, Key, LogSumExp, Pruned, Query, Value, Window, is_concrete
+from sparsax.typing import (
+    ArrayLike,
+    Implementation,
+    Key,
+    LogSumExp,
+    Pruned,
+    Query,
+    Value,
+    Window,
+    is_concrete,
+)
 
 SegmentIds = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
 
@@ -205,7 +216,8 @@ def score_map(
 
 
 def default_implementation(
-    q: Query, pattern: BlockPattern | CompoundPattern | Codes
+    q: Query | Float[ArrayLike, "*B D"],
+    pattern: BlockPattern | CompoundPattern | Codes | TiledFactors,
 ) -> Implementation:
     """The implementation that `implementation=None` runs for these queries and this pattern.
 
@@ -213,9 +225,9 @@ def default_implementation(
     cover, else "xla". It follows from shapes and from the machine alone, never from values.
 
     Args:
-        q: queries `[B, T, N, H]`.
+        q: queries `[B, T, N, H]`; or the inputs of `tsvd_matmul`, `[*B, D]`.
         pattern: of `block_sparse_attention`, or of `compound_attention`; or the codes of
-            `top_l_attention`.
+            `top_l_attention`; or the factors of `tsvd_matmul`, whose gradients are always "xla".
 
     Raises:
         ValueError: it is none of these.
@@ -231,12 +243,14 @@ def default_implementation(
         refused = pallas.compound.refusal(q, pattern)
     elif isinstance(pattern, Codes):
         refused = pallas.top_l.refusal(q, pattern)
+    elif isinstance(pattern, TiledFactors):
+        return "pallas" if pallas.tsvd_is_faster(q, pattern.u, pattern.v, None) else "xla"
     elif isinstance(pattern, BlockPattern):
         refused = pallas.refusal(q, pattern.block_q, pattern.block_kv)
     else:
         raise ValueError(
-            "pattern must be a sparsax.BlockPattern, a sparsax.CompoundPattern, or codes of "
-            f"ProductQuantizer.codes; got {type(pattern).__name__}."
+            "pattern must be a sparsax.BlockPattern, a sparsax.CompoundPattern, codes of "
+            f"ProductQuantizer.codes, or sparsax.TiledFactors; got {type(pattern).__name__}."
         )
     return "pallas" if refused is None else "xla"
 

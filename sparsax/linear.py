@@ -20,8 +20,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_exact": partial(jax.nn.gelu, approximate=False),
 }
 
-KERNEL_ROWS = 4096  # from which the kernels were measured to be faster, forward
-
 
 def tsvd_matmul(
     x: Float[Array, "*B D"],
@@ -47,8 +45,10 @@ def tsvd_matmul(
             batched matmuls that transpose nothing in between, or one fused kernel that stores no
             `x u` where that reads less; bfloat16 or float16, tiles in multiples of 64, ranks in
             multiples of 16, see `TiledFactors.pad_rank`). None is "pallas" where the kernels can
-            run, are not differentiated, and have 4,096 rows or more; "xla" otherwise, which was
-            as fast or faster there (docs/tsvd.md). A name runs or raises.
+            run, are not differentiated, and have 4,096 rows or more, else "xla": with gradients
+            neither is always the faster one (docs/tsvd.md), and values of both differ by rounding.
+            Kernels are not partitioned by themselves: where rows are sharded over devices, call
+            this inside `jax.shard_map`, or name "xla". A name runs or raises.
 
     Returns:
         `[*B, F]` in x's dtype.
@@ -117,12 +117,13 @@ def _apply(x, factors, bias, activation, implementation):
     else:
         first, second, side = factors.tiles, factors.common, factors.side
         pad_in, pad_out = (0, factors.pad) if side == "right" else (factors.pad, 0)
-    refusal = "has no kernel for common factors, which are two dense matmuls"
-    if side is None:
-        refusal = pallas.tsvd_refusal(x, first, second, activation)
     if implementation == "pallas":
+        refusal = "has no kernel for common factors, which are two dense matmuls"
+        if side is None:
+            refusal = pallas.tsvd_refusal(x, first, second, activation)
         checks.kernel_runs(refusal)
-    alone = implementation is None and refusal is None and x.size // x.shape[-1] >= KERNEL_ROWS
+    alone = implementation is None and side is None
+    alone = alone and pallas.tsvd_is_faster(x, first, second, activation)
     rows = jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, pad_in)))
     bias = None if bias is None else jnp.pad(bias, (0, pad_out))
     if implementation == "reference":

@@ -9,12 +9,14 @@ import pytest
 from sparsax import (
     Band,
     CompoundPattern,
+    TiledFactors,
     block_sparse_attention,
     compound_attention,
     default_implementation,
     pallas,
     patterns,
     top_l_attention,
+    tsvd_matmul,
 )
 from sparsax.patterns import compound
 from sparsax.quantise import Codes
@@ -72,9 +74,22 @@ def test_it_follows_from_shapes_under_jit():
     jax.jit(run)(jnp.zeros((1, T, 2, 64), jnp.bfloat16), LONGFORMER)
 
 
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("rows", [4095, 4096])
+def test_it_names_what_none_runs_for_factors(rows, hopper):
+    of = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
+    factors = TiledFactors(of(1, 64, 1, 64), of(1, 1, 64, 64), pad_in=0, pad_out=0)
+    x, found = of(rows, 64), hopper and rows == 4096
+    with pallas.lowering() if hopper else contextlib.nullcontext():
+        assert default_implementation(x, factors) == ("pallas" if found else "xla")
+        traced = jax.jit(lambda x, factors: tsvd_matmul(x, factors)).trace(x, factors)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" in program) == found
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_it_refuses_what_is_no_pattern():
     with pytest.raises(
-        ValueError, match=r"BlockPattern, a sparsax.CompoundPattern, or codes.*got ndarray"
+        ValueError, match=r"BlockPattern, a sparsax.CompoundPattern, codes.*TiledFactors; got ndarray"
     ):
         default_implementation(jnp.zeros((1, T, 2, 64)), np.ones((T, T)))

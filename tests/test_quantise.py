@@ -297,3 +297,11 @@ def test_refusals(name):
     call, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_codes_are_exported():
+    quantizer = ProductQuantizer(jnp.zeros((2, 4, 16, 4)), jnp.ones((2, 4, 16)))
+    run = jax.jit(lambda q, k: quantizer.codes(q, k).keys)
+    q, k = (jax.ShapeDtypeStruct((1, 32, n, 16), jnp.float32) for n in (4, 2))
+    exported = jax.export.export(run, platforms=("cpu", "tpu"))(q, k)  # refuses unsafe calls
+    assert "LayoutConstraint" not in exported.mlir_module()

@@ -19,4 +19,5 @@ from sparsax.pallas.support import on_hopper as on_hopper
 from sparsax.pallas.support import refusal as refusal
 from sparsax.pallas.tsvd import tsvd_backward as tsvd_backward
 from sparsax.pallas.tsvd import tsvd_forward as tsvd_forward
+from sparsax.pallas.tsvd import tsvd_is_faster as tsvd_is_faster
 from sparsax.pallas.tsvd import tsvd_refusal as tsvd_refusal

@@ -107,7 +107,8 @@ def tables(
     table = reduce(jnp.add, map(jnp.multiply, features, centroids))
     above = table.reshape(*lowest.shape, -1) - lowest[..., None]
     scale = LEVELS / jnp.where(widest > 0, widest, 1.0)
-    return jnp.round(above * scale[..., None, None]).astype(jnp.uint8)
+    # Both products are rounded in their own order, so that an entry may lie just outside.
+    return jnp.clip(jnp.round(above * scale[..., None, None]), 0, LEVELS).astype(jnp.uint8)
 
 
 def ready_keys(queries: Array, keys: UInt32[Array, "B S K W"], num_codes: int) -> Array:
@@ -180,8 +181,8 @@ def tile_rows(length: int) -> int:
 
     A multiple of eight, which matrix products like.
     """
-    tiles = -(-length // QUERY_TILE)
-    return -(-length // (8 * tiles)) * 8
+    tiles = max(1, -(-length // QUERY_TILE))
+    return max(8, -(-length // (8 * tiles)) * 8)
 
 
 def split_rows(x: Array, tile: int) -> Array:

@@ -18,6 +18,8 @@ def nearest(
 
     |x - c|^2 is smallest where x c - |c|^2 / 2 is largest, so the differences are never formed.
     """
+    if codebooks.shape[2] > 256:
+        raise ValueError(f"a code is 8 bits, for 256 centroids; got {codebooks.shape[2]}.")
     lengths = (jnp.square(codebooks) / 2).sum(-1)  # halved first: one loop with the sum
     products = enumerate(each_product(x, codebooks))
     scores = (product - lengths[:, :, i, None] for i, product in products)

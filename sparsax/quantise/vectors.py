@@ -49,5 +49,8 @@ def samples_last(x: Shaped[Array, "K M n"]) -> Shaped[Array, "K n M"]:
     In memory the samples lie side by side, or XLA would follow the order of queries and keys. So
     the threads of a GPU that run together, and the four samples of one of them, share what they
     read of the codebooks. Neither does the loop take in what comes next, in an order of its own.
+    On other devices the order is XLA's own: `jax.export` refuses a program that asks for one.
     """
-    return lax.optimization_barrier(with_layout_constraint(x, Layout((0, 1, 2)))).swapaxes(1, 2)
+    ordered = lambda x: with_layout_constraint(x, Layout((0, 1, 2)))
+    x = lax.platform_dependent(x, cuda=ordered, default=lambda x: x)
+    return lax.optimization_barrier(x).swapaxes(1, 2)

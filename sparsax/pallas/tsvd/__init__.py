@@ -10,6 +10,7 @@ from sparsax.pallas.support import DTYPES, on_hopper, vary
 from sparsax.pallas.tsvd import fused, products, split
 
 Schedule = typing.Literal["fused", "products", "split"]
+FASTER_FROM = 4096  # rows; 16 were slower, and nothing in between was timed
 ALIGNMENT = 64, 16  # what divides tiles and ranks: a chunk's columns, a matrix instruction's depth
 
 
@@ -27,6 +28,13 @@ def tsvd_refusal(x, u, v, activation: str | None) -> str | None:
     if not on_hopper():
         return f"needs an NVIDIA Hopper GPU; the default device is {jax.devices()[0].device_kind}"
     return None
+
+
+def tsvd_is_faster(x, u, v, activation: str | None) -> bool:
+    """Whether the kernels can run, and were measured to be faster than XLA (forward alone)."""
+    rows = x.size // x.shape[-1]
+    known = isinstance(rows, int)  # not where a dimension is symbolic
+    return known and rows >= FASTER_FROM and tsvd_refusal(x, u, v, activation) is None
 
 
 def best_schedule(rows: int, u, v) -> Schedule:
