@@ -14,12 +14,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from report import DOCS, number, origin, read, table
 
-DECODER = """A token takes the dense decoder 1.4 ms, where reading its parameters once would take
-.2: a block is 15 small kernels, one after the other. Factors have less to read, and gain little
-from it. One row at a time XLA (compiled for an H200) forms the products of two of a block's dense
-matrices, in bfloat16, in memory before it sums them, and none of factored ones, which is why
-these are ahead there and behind 16 at a time."""
-
 
 def missing(name: str) -> str:
     return f"Not measured yet: `python benchmarks/{name}.py` on a Hopper GPU."
@@ -141,7 +135,7 @@ def main() -> None:
     if (record := read("tsvd_decoder_gpu")) is None:
         text.append(missing("tsvd_decoder_gpu"))
     else:
-        text += [origin("tsvd_decoder_gpu", record), DECODER, decoder(record["rows"])]
+        text += [origin("tsvd_decoder_gpu", record), decoder(record["rows"])]
     (docs / "tsvd.md").write_text("\n\n".join(text) + "\n")
     print(docs / "tsvd.md")
 

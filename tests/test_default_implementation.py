@@ -90,6 +90,7 @@ def test_it_names_what_none_runs_for_factors(rows, hopper):
 @pytest.mark.usefixtures("unchecked")
 def test_it_refuses_what_is_no_pattern():
     with pytest.raises(
-        ValueError, match=r"BlockPattern, a sparsax.CompoundPattern, codes.*TiledFactors; got ndarray"
+        ValueError,
+        match=r"BlockPattern, a sparsax.CompoundPattern.*TiledFactors; got ndarray",
     ):
         default_implementation(jnp.zeros((1, T, 2, 64)), np.ones((T, T)))
