@@ -151,16 +151,16 @@ def _attend_at_once(call: _Call, q, k, v, own, pattern):
 
 
 def _at_once_forward(call, q, k, v, own, pattern):
-    o, lse = pallas.compound.forward(
+    o, saved = pallas.compound.forward(
         q, k, v, own, pattern, scale=call.scale, interpret=call.interpret
     )
-    return o, (q, k, v, own, o, lse, pattern)
+    return o, (q, k, v, own, o, saved, pattern)
 
 
 def _at_once_backward(call, residuals, do):
-    q, k, v, own, o, lse, pattern = residuals
+    q, k, v, own, o, saved, pattern = residuals
     gradients = pallas.compound.backward(
-        q, k, v, own, o, lse, do, pattern, scale=call.scale, interpret=call.interpret
+        q, k, v, own, o, saved, do, pattern, scale=call.scale, interpret=call.interpret
     )
     return *gradients, None
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparsax import Band, CompoundPattern, compound_attention, pallas, patterns
+from sparsax.pallas.block_sparse.schedule import NOTHING
 from sparsax.patterns import compound
 from tests.helpers import assert_near
 from tests.pallas.compound_cases import CASES, case
@@ -83,7 +84,7 @@ def test_kernels_match_the_reference_and_repeat_their_bits(c):
 def test_split_rows_of_packed_keys_add_up_interpreted(joined, monkeypatch):
     # On a GPU this small the rows of packed keys are long in every sample: they are cut, if nobody
     # expects other rows to outlast them.
-    monkeypatch.setattr("sparsax.pallas.compound.attention.expected_work", lambda *_, **__: 0)
+    monkeypatch.setattr("sparsax.pallas.compound.attention.expected_work", lambda *_, **__: NOTHING)
     with pallas.interpreted(detect_races=True):
         check(case("longformer_padded_own"))
     assert len(joined) == 3  # of o, of dq, of dk and dv

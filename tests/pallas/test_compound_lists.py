@@ -125,15 +125,29 @@ def work_of(c, keys_in_rows):
 def test_expected_work_of_bands_is_in_the_lists(name, keys_in_rows):
     expected, listed = work_of(case(name), keys_in_rows)
     packed = case(name).pattern().columns.shape[-1]
-    assert expected > 0
-    assert (expected == listed).all() if packed == 0 else (expected < listed).all()
+    assert expected.longest_last
+    assert expected.units > 0
+    assert (expected.units == listed).all() if packed == 0 else (expected.units < listed).all()
 
 
 @pytest.mark.parametrize("keys_in_rows", [False, True])
 def test_expected_work_of_blocks_is_that_of_full_lists(keys_in_rows):
     expected, listed = work_of(case("bigbird"), keys_in_rows)
-    assert listed.max() / 2 < expected < 2 * listed.max()
+    assert listed.max() / 2 < expected.units < 2 * listed.max()
+    assert not expected.longest_last
 
 
 def test_no_work_is_expected_where_only_data_says():
-    assert work_of(case("columns"), False)[0] == work_of(case("rows"), True)[0] == 0
+    for name, keys_in_rows in (("columns", False), ("rows", True)):
+        assert work_of(case(name), keys_in_rows)[0].units == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "by_query", "by_key"),
+    [("rows", True, True), ("rows_causal", True, False), ("longformer_padded_own", False, False)],
+)
+def test_the_longest_lists_stand_last_but_for_padding_and_keys_of_global_rows(
+    name, by_query, by_key
+):
+    found = [work_of(case(name), keys_in_rows)[0] for keys_in_rows in (False, True)]
+    assert [x.longest_last for x in found] == [by_query, by_key]

@@ -58,7 +58,10 @@ def test_attention_and_its_gradient_lower(name, features, dtype):
     pattern = PATTERNS[name]()
     text = text_of(attend, q, k, k, pattern)
     halves = 2 if features == 256 else 1  # of dk and dv
-    assert launched(text) == 5 + halves
+    tables = 0 if name in ("window", "longformer") else 3  # none where rows are done in order
+    # Queries of global rows and packed keys are gathered; rows of o and of dq are put back.
+    moved = 0 if name == "window" else 3
+    assert launched(text) == 2 + halves + tables + moved
     assert f"{T}x{T}" not in text
 
 

@@ -12,7 +12,7 @@ import sparsax
 from sparsax import pallas
 from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse.deal import LEAST, deal
-from sparsax.pallas.block_sparse.schedule import PIECES, Schedule
+from sparsax.pallas.block_sparse.schedule import PIECES, Expected, Schedule
 from sparsax.pallas.block_sparse.tiles import ROWS, Bounds, tile_lists
 from sparsax.pallas.hopper import multiprocessors
 
@@ -64,8 +64,9 @@ def table_of(plan, work, *extra):
     return np.asarray(table), None if splits is None else np.asarray(splits)
 
 
-def item_of(plan, table, block, slot=0, extra=0):
-    return plan.item(*plan.read(np.int32(block), np.int32(slot), table, table[0], extra))
+def item_of(plan, table, block, slot=0, extra=()):
+    added = np.int32(0) if table is None else table[0]
+    return plan.item(*plan.read(np.int32(block), np.int32(slot), table, added, extra))
 
 
 works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=20)
@@ -84,7 +85,7 @@ def test_every_tile_of_every_row_and_copy_is_done_exactly_once(work, owners, cop
     table, splits = table_of(plan, work, work + 7)
     done = [[] for _ in range(work.size * copies)]
     items = [
-        item_of(plan, table, block, slot, 1)
+        item_of(plan, table, block, slot, (work + 7,))
         for block in range(plan.thread_blocks)
         for slot in range(max(plan.dealt, plan.left) + 1)
     ]
@@ -181,6 +182,34 @@ def test_copies_that_keep_the_gpu_busy_leave_rows_whole():
 
 def test_no_row_is_cut_that_the_expected_work_outlasts():
     share = multiprocessors()  # units of a head where as many as a row's fall on each
-    cut, whole = Schedule(1, 33, 32, 32, share - 1), Schedule(1, 33, 32, 32, share)
+    cut, whole = (Schedule(1, 33, 32, 32, Expected(units)) for units in (share - 1, share))
     assert cut.extra > 0
     assert (whole.extra, whole.parts) == (0, 0)
+
+
+@pytest.mark.parametrize("longest", [9, 400])
+def test_rows_whose_last_are_the_longest_are_done_in_order_without_a_table(longest):
+    owners, tiles, copies = 3, 20, 11
+    plan = Schedule(owners, tiles, copies, longest, Expected(longest * multiprocessors(), True))
+    count = np.arange(owners * tiles, dtype=np.int32).reshape(owners, tiles)
+    assert deal(plan, jnp.asarray(count), interpret=None) == (None, None)
+    items = [
+        item_of(plan, None, block, slot, (count,))
+        for block in range(plan.thread_blocks)
+        for slot in range(max(plan.dealt, plan.left) + 1)
+    ]
+    done = [
+        (int(item.owner), int(item.row), int(item.copy)) for item in items if int(item.row) >= 0
+    ]
+    assert sorted(done) == list(itertools.product(range(owners), range(tiles), range(copies)))
+    assert {row for _, row, _ in done[: plan.dealt]} != {0}
+    first = [item_of(plan, None, block, 0, (count,)) for block in range(owners * copies)]
+    assert {int(item.row) for item in first} == {tiles - 1}
+    for item in items:
+        if int(item.row) >= 0:
+            assert (int(item.first), int(item.last), int(item.part)) == (0, longest, -1)
+            assert int(item.extra[0]) == int(item.owner) * tiles + int(item.row)
+
+
+def test_rows_that_are_cut_want_a_table():
+    assert not Schedule(1, 33, 32, 32, Expected(0, True)).in_order

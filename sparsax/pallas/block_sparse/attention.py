@@ -15,9 +15,10 @@ from sparsax.pallas.block_sparse.dkv import dkv_kernel
 from sparsax.pallas.block_sparse.dq import dq_kernel
 from sparsax.pallas.block_sparse.forward import forward_kernel
 from sparsax.pallas.block_sparse.problem import Problem
-from sparsax.pallas.block_sparse.schedule import Schedule, units
+from sparsax.pallas.block_sparse.schedule import NOTHING, Expected, Schedule, units
 from sparsax.pallas.block_sparse.tiles import ROWS, TileLists, tile_lists
 from sparsax.pallas.hopper import LOG2E
+from sparsax.pallas.listed import Listed, put
 from sparsax.pallas.support import vary
 
 
@@ -34,20 +35,24 @@ def forward(
 
 def run_forward(
     problem: Problem, lists: TileLists, ids, q, k, v, config: Config | None, interpret,
-    expected: int = 0,
+    expected: Expected = NOTHING, listed_rows: Listed | None = None,
 ):  # fmt: skip
     """`forward` over the lists of row tiles: of each array in q an o and an lse.
 
     q, k and v are lists of arrays that stand behind each other: queries and global rows; keys,
     packed keys and those of global rows. `ids` are those of queries and keys, `(None, None)` or
-    what the problem's rule reads; `expected` is the work of a head's lists, if known, in units.
+    what the problem's rule reads; `expected` is what is known of a head's lists without them. The
+    outputs of global rows go to `listed_rows` of the queries', too.
     """
     config = config or best_config(problem, _masked(problem, lists))
-    return _run_forward(problem, config, interpret, expected, lists, ids, q, k, v)
+    return _run_forward(problem, config, interpret, expected, lists, ids, q, k, v, listed_rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run_forward(problem: Problem, config: Config, interpret, expected: int, lists, ids, q, k, v):
+def _run_forward(
+    problem: Problem, config: Config, interpret, expected: Expected, lists, ids, q, k, v,
+    listed_rows,
+):  # fmt: skip
     schedule, table, splits = _of_queries(problem, lists, expected, interpret)
     kernel = forward_kernel(
         problem, schedule, lists.bits is not None, **config.forward.keywords, interpret=interpret
@@ -59,6 +64,7 @@ def _run_forward(problem: Problem, config: Config, interpret, expected: int, lis
         (o,), lse = combine(
             schedule, problem.samples, splits, parts, [list(o)], problem.q_starts, lse, interpret
         )
+    o = _put_rows(o, listed_rows, interpret)
     found = _cut(o, problem.q_lengths), problem.of_queries(lse / LOG2E)
     return vary(found, (arrays, lists, ids))
 
@@ -80,21 +86,23 @@ def backward(
 
 def run_backward(
     problem: Problem, by_query: TileLists, by_key: TileLists, ids, q, k, v, o, lse, do, dlse,
-    config: Config | None, interpret, expected: tuple[int, int] = (0, 0),
+    config: Config | None, interpret,
+    expected: tuple[Expected, Expected] = (NOTHING, NOTHING), listed_rows: Listed | None = None,
 ):  # fmt: skip
     """`backward` over the lists of row tiles, of lists of arrays as `run_forward` takes them.
 
-    `expected` is that of the lists by query and by key.
+    `expected` is that of the lists by query and by key; the gradients of global rows go to
+    `listed_rows` of the queries', too.
     """
     config = config or best_config(problem, _masked(problem, by_query))
-    arrays = q, k, v, o, lse, do, dlse
+    arrays = q, k, v, o, lse, do, dlse, listed_rows
     return _run_backward(problem, config, interpret, expected, by_query, by_key, ids, *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run_backward(
-    problem: Problem, config: Config, interpret, expected: tuple[int, int], by_query, by_key, ids,
-    q, k, v, o, lse, do, dlse,
+    problem: Problem, config: Config, interpret, expected: tuple[Expected, Expected], by_query,
+    by_key, ids, q, k, v, o, lse, do, dlse, listed_rows,
 ):  # fmt: skip
     # ds = p * (dp - delta + dlse): what a row subtracts, FlashAttention-2 section 3.1.2.
     delta = [
@@ -119,12 +127,15 @@ def _run_backward(
             schedule, problem.samples, splits, parts, [list(dq)], problem.q_starts, None, interpret
         )
     dk, dv = _of_keys(problem, config.dkv, by_key, ids, arrays, expected[1], interpret)
+    dq = _put_rows(dq, listed_rows, interpret)
     lengths = problem.q_lengths, problem.kv_lengths, problem.kv_lengths
     gradients = tuple(map(_cut, (dq, dk, dv), lengths))
     return vary(gradients, (arrays, by_query, by_key, ids))
 
 
-def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, expected: int, interpret):
+def _of_keys(
+    problem: Problem, tiling, lists: TileLists, ids, arrays, expected: Expected, interpret
+):
     """`dk, dv`, a list of arrays each, split rows and all."""
     rows, samples, starts = lists.count.shape[1], problem.samples, problem.kv_starts
     owners = min(problem.P, problem.K)  # of one sample
@@ -132,7 +143,7 @@ def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, expected: 
     queries = problem.N // max(problem.P, problem.K)  # heads of a kv head that walk one list
     longest = queries * work.shape[1] * units(lists.cols.shape[-1], problem.block_q)
     copies = problem.B // samples * (problem.K // owners)
-    expected *= queries * work.shape[1]
+    expected = expected._replace(units=expected.units * queries * work.shape[1])
     schedule = Schedule(samples * owners, rows, copies, longest, expected)
     table, splits = deal(schedule, queries * work.sum(1), interpret=interpret)
     operands = *_operands(lists, table, ids), *arrays
@@ -153,7 +164,7 @@ def _of_keys(problem: Problem, tiling, lists: TileLists, ids, arrays, expected: 
     return jax.tree.map(lambda *halves: jnp.concatenate(halves, -1), *found)
 
 
-def _of_queries(problem: Problem, lists: TileLists, expected: int, interpret):
+def _of_queries(problem: Problem, lists: TileLists, expected: Expected, interpret):
     """The schedule of the forward pass and of dQ, its table and that of split rows."""
     work = units(jnp.maximum(lists.count, 0), problem.block_kv)
     longest = units(lists.cols.shape[-1], problem.block_kv)
@@ -183,6 +194,14 @@ def _copyable(x):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) if x.shape[1] % 8 else x
 
 
+def _put_rows(arrays, listed: Listed | None, interpret):
+    """What belongs to queries, with that of global rows written over their listed ones."""
+    if listed is None:
+        return arrays
+    of_queries, of_rows = arrays
+    return [put(of_queries, listed, of_rows, interpret), of_rows]
+
+
 def _cut(arrays, lengths):
     """Arrays of these lengths, without what copies needed."""
     return [x[:, :length] for x, length in zip(arrays, lengths, strict=True)]
@@ -198,7 +217,8 @@ def _behind(vectors, fill: float):
 
 
 def _operands(lists, table, ids):
-    operands = [table, lists.full, lists.count, lists.cols]
+    operands = [] if table is None else [table]
+    operands += [lists.full, lists.count, lists.cols]
     operands += [] if lists.bits is None else [lists.bits]
     of_queries, of_keys = ids
     if of_queries is not None:

@@ -62,7 +62,7 @@ def dkv_kernel(
     interpret,
     features: tuple[int, int] | None = None,
 ):
-    """A function of `(table, full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
+    """A function of `([table], full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
 
     lse and delta are as for dQ. It returns `*dk, *dv [B, S, K, H]`, or the given range of their
     features alone where registers cannot hold all of them, and float32 sums of the parts of split
@@ -77,7 +77,7 @@ def dkv_kernel(
 
     def kernel(*refs, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ids_smem, out_smem,
                kv_bars, bars, turn_bars):  # fmt: skip
-        lists, refs = Lists.split(refs, bits, x)
+        lists, refs = Lists.split(refs, schedule, bits, x)
         of_queries, of_keys = x.q_starts, x.kv_starts
         q, k, v, do, (lse, delta, *refs) = split(refs, of_queries, of_keys, of_keys, of_queries)
         dk, dv, parts = split(refs, of_keys, of_keys)

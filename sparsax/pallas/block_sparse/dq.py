@@ -35,7 +35,7 @@ def dq_kernel(
     x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
     row_slots: int, interpret,
 ):  # fmt: skip
-    """A function of `(table, full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
+    """A function of `([table], full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
 
     lse is in units of log 2 and infinite for a query that keeps nothing; both it and delta are
     `[B, N, T']`, T' all positions, padded to row tiles. It returns `*dq [B, T, N, H]`, and float32
@@ -47,7 +47,7 @@ def dq_kernel(
 
     def kernel(*refs, q_smem, do_smem, k_smem, v_smem, dq_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
-        lists, refs = Lists.split(refs, bits, x)
+        lists, refs = Lists.split(refs, schedule, bits, x)
         of_queries, of_keys = x.q_starts, x.kv_starts
         q, k, v, do, (lse, delta, *refs) = split(refs, of_queries, of_keys, of_keys, of_queries)
         dq, parts = split(refs, of_queries)

@@ -39,7 +39,7 @@ def forward_kernel(
     x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
     row_slots: int, interpret,
 ):  # fmt: skip
-    """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], *q, *k, *v)`.
+    """A function of `([table], full, count, cols, [bits], [q_ids, kv_ids], *q, *k, *v)`.
 
     q, k and v are one array or, behind each other, several: those of `q_starts` and `kv_starts`.
 
@@ -57,7 +57,7 @@ def forward_kernel(
 
     def kernel(*refs, q_smem, k_smem, v_smem, o_smem, lse_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
-        lists, refs = Lists.split(refs, bits, x)
+        lists, refs = Lists.split(refs, schedule, bits, x)
         q, k, v, o, (lse, *parts) = split(refs, x.q_starts, x.kv_starts, x.kv_starts, x.q_starts)
         tiles = QueryTiles(x, columns, schedule, lists)
         q_ring, k_ring, v_ring = Ring(q_bars, row_slots), Ring(k_bars, stages), Ring(v_bars, stages)

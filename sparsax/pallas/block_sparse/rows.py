@@ -24,7 +24,7 @@ from sparsax.pallas.hopper import COL, COMPUTE, ROW, WG_ROWS, Ring
 class Lists:
     """References to the lists and ids that every kernel reads, from its leading operands."""
 
-    table: Any
+    table: Any  # None where rows are done in order
     full: Any
     count: Any
     cols: Any
@@ -33,9 +33,11 @@ class Lists:
     kv_ids: Any
 
     @classmethod
-    def split(cls, refs, bits: bool, x: Problem):
+    def split(cls, refs, schedule: Schedule, bits: bool, x: Problem):
         """The lists, and the operands that follow them."""
-        table, full, count, cols, *rest = refs
+        rest = list(refs)
+        table = None if schedule.in_order else rest.pop(0)
+        full, count, cols, *rest = rest
         bits_ref = rest.pop(0) if bits else None
         ids = (rest.pop(0), rest.pop(0)) if x.ids else (None, None)
         return cls(table, full, count, cols, bits_ref, *ids), rest
@@ -101,7 +103,8 @@ class QueryTiles:
         """`visit(tile, carry)` for the thread block's tiles in turn."""
         block = lax.axis_index("item")
         go = lambda item, carry: visit(self.tile(item), carry)
-        return self.schedule.each(block, self.lists.table, go, carry, extra=2)
+        extra = self.lists.full, self.lists.count
+        return self.schedule.each(block, self.lists.table, go, carry, extra)
 
     def copy(
         self, of_rows, rows_ring: Ring, k: Segments, v: Segments, k_smem, v_smem, ids_smem, k_ring,

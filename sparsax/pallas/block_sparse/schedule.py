@@ -6,7 +6,8 @@ equal length leave multiprocessors idle at the end: so one for each multiprocess
 quarters of the tiles, and thread blocks of one tile each, handed out to whoever is done, even out
 the rest. The long rows of every head start first, and are cut where one of them would outlast
 everything else; the other rows of a head run together, since they share its columns in the L2
-cache.
+cache. Where it is known without the data that the last rows are the longest, they are done from the
+last to the first, which needs no table.
 """
 
 import dataclasses
@@ -36,6 +37,16 @@ class Item(NamedTuple):
     extra: tuple[Any, ...]  # what else was given for the row
 
 
+class Expected(NamedTuple):
+    """What is known of a head's lists without the data."""
+
+    units: int = 0  # work of all of them
+    longest_last: bool = False  # whether rows from the last to the first are an order to do them in
+
+
+NOTHING = Expected()
+
+
 def units(entries, block: int):
     """Work of a list of so many blocks: its columns in units of `ROWS`, whatever the tiles are.
 
@@ -49,17 +60,17 @@ def units(entries, block: int):
 class Schedule:
     """How row tiles are dealt to thread blocks.
 
-    Each of `owners` heads has `tiles` row tiles, of `longest` units of work at most and `expected`
-    together as far as that is known without the data, done for each of `copies` (samples, and heads
-    that share the pattern). Where rows may be long and are few, one of more than its fair share of
-    the work is cut into pieces, whose sums are added later, in order.
+    Each of `owners` heads has `tiles` row tiles, of `longest` units of work at most and together of
+    what is `expected`, done for each of `copies` (samples, and heads that share the pattern). Where
+    rows may be long and are few, one of more than its fair share of the work is cut into pieces,
+    whose sums are added later, in order.
     """
 
     owners: int
     tiles: int
     copies: int
     longest: int
-    expected: int = 0
+    expected: Expected = NOTHING
 
     @property
     def rows(self) -> int:
@@ -75,9 +86,14 @@ class Schedule:
         """
         if self.longest < LONG or self.copies >= multiprocessors():
             return 0
-        if self.longest * multiprocessors() <= self.expected * self.owners * self.copies:
+        if self.longest * multiprocessors() <= self.expected.units * self.owners * self.copies:
             return 0
         return PIECES * multiprocessors() // self.copies
+
+    @property
+    def in_order(self) -> bool:
+        """Whether rows are done from the last to the first, and there is no table."""
+        return self.expected.longest_last and not self.extra
 
     @property
     def items(self) -> int:
@@ -119,11 +135,11 @@ class Schedule:
         """Thread blocks of the launch."""
         return self.staying + self.passing
 
-    def read(self, block, slot, table, added, extra: int):
+    def read(self, block, slot, table, added, extra):
         """What `item` makes item number `slot` of a thread block of.
 
-        From a reference to what `deal` wrote; `added` is its first number. Nothing here waits for
-        what is read.
+        From a reference to what `deal` wrote; `added` is its first number. Without a table `extra`,
+        its last fields, are read where they are. Nothing here waits for what is read.
         """
         dealt, ahead = self.dealt * self.staying, self.owners * self.copies
         # Folded, so that a thread block gets long and short ones.
@@ -142,10 +158,14 @@ class Schedule:
         owner = lax.rem(owner, jnp.int32(self.owners))
         copy = lax.rem(jnp.where(place < pieces, place, early), jnp.int32(self.copies))
         copy = jnp.where(is_early, copy, later // (late * self.owners))
+        if self.in_order:
+            row = self.tiles - 1 - rank
+            whole = owner * self.tiles + row, jnp.int32(0), jnp.int32(self.longest), jnp.int32(-1)
+            return there, copy, *whole, *(x[owner, row] for x in extra)
         index = self.extra + owner * self.tiles + rank
         index = jnp.where(place < pieces, place // self.copies, index)
         count = self.extra + self.rows
-        return there, copy, *(table[1 + i * count + index] for i in range(4 + extra))
+        return there, copy, *(table[1 + i * count + index] for i in range(4 + len(extra)))
 
     def item(self, there, copy, row, first, last, part, *more) -> Item:
         """An item from what `read` gives."""
@@ -157,9 +177,12 @@ class Schedule:
     def _slots(self, stays):
         return jnp.where(stays, jnp.int32(self.dealt), jnp.int32(self.left))
 
-    def each(self, block, table, visit, carry, extra: int = 0):
-        """`visit(item, carry)` for the items of a thread block, each read one ahead."""
-        added = table[0]
+    def each(self, block, table, visit, carry, extra=()):
+        """`visit(item, carry)` for the items of a thread block, each read one ahead.
+
+        `extra` are references to what `deal` was given besides work.
+        """
+        added = jnp.int32(0) if self.in_order else table[0]
         read = lambda slot: self.read(block, slot, table, added, extra)
 
         def go(slot, state):

@@ -1,5 +1,7 @@
 """Attention over a compound pattern, and what the kernels refuse."""
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 
 from sparsax.compound import CompoundPattern
@@ -10,6 +12,7 @@ from sparsax.pallas.block_sparse.places import STRIDE
 from sparsax.pallas.compound.cover import expected_work
 from sparsax.pallas.compound.keys import BLOCK, Keys, poison, problem_of
 from sparsax.pallas.compound.lists import key_lists, query_lists
+from sparsax.pallas.listed import Wanted, gather
 
 
 def refusal(q, pattern: CompoundPattern) -> str | None:
@@ -26,36 +29,44 @@ def refusal(q, pattern: CompoundPattern) -> str | None:
     return support.refusal(q, *sizes)
 
 
+class Saved(NamedTuple):
+    """What the backward pass wants of the forward pass."""
+
+    lse: Any  # `[B, N, T]`, and that of global rows `[B, N, R']`
+    brought: Any  # q of global rows, k and v of packed keys; as far as there are any
+
+
 def forward(
     q, k, v, own, pattern: CompoundPattern, *, scale: float, config: Config | None = None,
     interpret=None,
 ):  # fmt: skip
-    """`o [B, T, N, H]`, and lse `[B, N, T]` and that of global rows `[B, N, R']`.
+    """`o [B, T, N, H]`, and what is saved.
 
     `own` is `(q_global, k_global, v_global)` or three times None. Padded rows have o = 0 and
     lse = -inf.
     """
     problem = problem_of(q, k, pattern, scale, own[1] is not None)
     if _empty(pattern):
-        return _zeros(q, poison(problem, pattern)), None
+        return _zeros(q, poison(problem, pattern)), Saved(None, None)
     keys = Keys(problem, pattern)
-    qs, ks, vs = _arrays(keys, q, k, v, own)
-    (o, *rows), lse = run_forward(
+    brought = _bring(keys, q, k, v, own[0], interpret)
+    qs, ks, vs = _arrays(keys, q, k, v, own, brought)
+    (o, *_), lse = run_forward(
         problem, query_lists(keys), keys.places, qs, ks, vs, config, interpret,
         expected_work(problem, pattern, keys_in_rows=False),
+        keys.listed_rows if problem.rows else None,
     )  # fmt: skip
-    if rows:
-        o = pattern.put_rows(o, rows[0][:, : pattern.rows.shape[-1]])
+    if problem.rows:
         lse[1] = jnp.where(keys.row_is_there[:, None], lse[1], -jnp.inf)
     if pattern.token_mask is not None:  # whole tiles ask nobody
         o = jnp.where(pattern.token_mask[:, :, None, None], o, poison(problem, pattern))
         o = o.astype(q.dtype)
         lse[0] = jnp.where(pattern.token_mask[:, None], lse[0], -jnp.inf)
-    return o, lse
+    return o, Saved(lse, brought)
 
 
 def backward(
-    q, k, v, own, o, lse, do, pattern: CompoundPattern, *, scale: float,
+    q, k, v, own, o, saved: Saved, do, pattern: CompoundPattern, *, scale: float,
     config: Config | None = None, interpret=None,
 ):  # fmt: skip
     """`(dq, dk, dv)` and those of `own`; rows with lse = -inf have no part in them."""
@@ -64,38 +75,41 @@ def backward(
         # Without blocks all heads are valid, or none is.
         return *(_zeros(x, poison(problem, pattern)[:, :, :1]) for x in (q, k, v)), (None,) * 3
     keys = Keys(problem, pattern)
-    os, dos = [o], [do]
+    os, dos, lse = [o], [do], saved.lse
     if problem.rows:
         # As an ordinary row a global one keeps nothing.
         lse = [jnp.where(pattern.is_row()[:, None], -jnp.inf, lse[0]), lse[1]]
         os, dos = ([x, _rows(keys, pattern.take_rows(x))] for x in (o, do))
-    qs, ks, vs = _arrays(keys, q, k, v, own)
+    qs, ks, vs = _arrays(keys, q, k, v, own, saved.brought)
     work = lambda keys_in_rows: expected_work(problem, pattern, keys_in_rows)
     (dq, *of_rows), dk, dv = run_backward(
         problem, query_lists(keys), key_lists(keys), keys.places, qs, ks, vs, os, lse, dos, 0.0,
         config, interpret, (work(False), work(True)),
+        keys.listed_rows if problem.rows and not problem.own else None,
     )  # fmt: skip
     of_own = [None, None, None]
-    if problem.rows:
-        rows = of_rows[0][:, : pattern.rows.shape[-1]]
-        if problem.own:
-            of_own = [rows, dk.pop(), dv.pop()]
-        else:
-            dq = pattern.put_rows(dq, rows)
+    if problem.own:
+        of_own = [of_rows[0][:, : pattern.rows.shape[-1]], dk.pop(), dv.pop()]
     dk, dv = (keys.unpack(*x) if problem.packed else x[0] for x in (dk, dv))
     return dq, dk, dv, tuple(of_own)
 
 
-def _arrays(keys: Keys, q, k, v, own):
+def _bring(keys: Keys, q, k, v, q_global, interpret):
+    """Queries of global rows without projections of their own, and packed keys and values."""
+    x = keys.problem
+    of_rows = [q] if x.rows and q_global is None else []
+    of_columns = [k, v] if x.packed else []
+    by_rows = Wanted(keys.listed_rows, x.rows, of_rows)
+    return gather([by_rows, Wanted(keys.listed_columns, x.packed, of_columns)], interpret)
+
+
+def _arrays(keys: Keys, q, k, v, own, brought):
     """Queries, keys and values, lists of what stands behind each other."""
     q_global, *others = own
-    queries, of_keys = [q], [[k], [v]]
-    if keys.problem.rows:
-        rows = keys.pattern.take_rows(q) if q_global is None else q_global
-        queries.append(_rows(keys, rows))
-    if keys.problem.packed:
-        for each, packed in zip(of_keys, keys.pack(k, v), strict=True):
-            each.append(packed)
+    of_rows, packed = brought
+    queries, of_keys = [q, *of_rows], [[k, *packed[:1]], [v, *packed[1:]]]
+    if keys.problem.rows and q_global is not None:
+        queries.append(_rows(keys, q_global))
     if keys.problem.own:
         for each, theirs in zip(of_keys, others, strict=True):
             each.append(theirs)

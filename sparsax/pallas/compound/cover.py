@@ -8,7 +8,7 @@ import numpy as np
 
 from sparsax.compound import CompoundPattern
 from sparsax.pallas.block_sparse.problem import Problem
-from sparsax.pallas.block_sparse.schedule import units
+from sparsax.pallas.block_sparse.schedule import Expected, units
 from sparsax.pallas.block_sparse.tiles import ROWS
 
 
@@ -56,16 +56,20 @@ def cover(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> Cover:
     )
 
 
-def expected_work(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> int:
+def expected_work(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> Expected:
     """Units of work in a head's lists of bands and blocks, as far as no data says.
 
-    As if nothing were padding, and every list of blocks as long as its capacity.
+    As if nothing were padding, and every list of blocks as long as its capacity. Of bands all lists
+    are about as long, and those of global rows and of packed keys, the longest, stand last: unless
+    padding leaves some rows nothing, or global rows' own keys, which only they see, stand there.
     """
     blocks = pattern.blocks
+    own_keys = keys_in_rows and x.own
+    longest_last = blocks is None and pattern.token_mask is None and not own_keys
     bands = cover(x, dataclasses.replace(pattern, blocks=None), keys_in_rows).present[0]
     total = int(units(bands.sum(-1), x.block_q if keys_in_rows else x.block_kv).sum())
     if blocks is None:
-        return total
+        return Expected(total, longest_last)
 
     def full(indices, block_row: int, block_col: int) -> int:
         entries = min(-(-x.T // block_col), ROWS // block_row * indices.shape[-1])
@@ -74,4 +78,4 @@ def expected_work(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> i
     # Both say which pairs there are, and the one with the lower capacity says it better.
     sizes = x.block_q, x.block_kv
     of_blocks = min(full(blocks.kv_indices, *sizes), full(blocks.q_indices, *sizes[::-1]))
-    return total + (of_blocks // 2 if pattern.causal else of_blocks)
+    return Expected(total + (of_blocks // 2 if pattern.causal else of_blocks))

@@ -16,6 +16,7 @@ from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse.places import NOWHERE, PACKED, STRIDE, TAKEN, Places
 from sparsax.pallas.block_sparse.problem import Problem, whole_tiles
 from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.listed import Listed
 
 BLOCK = 64  # columns of a list's entries, unless the pattern's blocks say otherwise
 
@@ -63,18 +64,28 @@ class Keys:
     pattern: CompoundPattern
 
     @property
+    def listed_columns(self) -> Listed:
+        """The keys that are packed."""
+        return Listed(self.pattern.columns, self.pattern.num_columns)
+
+    @property
+    def listed_rows(self) -> Listed:
+        """The global rows."""
+        return Listed(self.pattern.rows, self.pattern.num_rows)
+
+    @property
     def slots(self):
         """Where the packed keys stand, `[samples, packed]`, `T` and beyond where unused."""
-        return self._slots(self.pattern.columns, self.pattern.num_columns, self.problem.packed)
+        return self._slots(self.listed_columns, self.problem.packed)
 
     @property
     def row_slots(self):
         """Where the global rows stand, `[samples, rows]`, in the same way."""
-        return self._slots(self.pattern.rows, self.pattern.num_rows, self.problem.rows)
+        return self._slots(self.listed_rows, self.problem.rows)
 
-    def _slots(self, listed, counts, size: int):
-        listed = jnp.pad(listed, ((0, 0), (0, size - listed.shape[-1])))
-        return slots(listed, counts, self.problem.T, self.problem.samples)
+    def _slots(self, listed: Listed, size: int):
+        positions = jnp.pad(listed.positions, ((0, 0), (0, size - listed.positions.shape[-1])))
+        return slots(positions, listed.counts, self.problem.T, self.problem.samples)
 
     @property
     def places(self):
@@ -127,12 +138,6 @@ class Keys:
     def row_is_there(self):
         """False `[samples, rows]` where a global row is unused or padding."""
         return self._real(self.row_slots)
-
-    def pack(self, *arrays):
-        """What the arrays `[B, T, K, H]` hold at the packed keys, zeros where there is none."""
-        take = lambda x, i: x.at[i].get(mode="fill", fill_value=0)
-        at = jnp.broadcast_to(self.slots, (self.problem.B, self.problem.packed))
-        return tuple(jax.vmap(take)(x, at) for x in arrays)
 
     def unpack(self, x, copies):
         """Gradients `[B, T, K, H]` of keys, which add those of their copies `[B, packed, K, H]`.
