@@ -210,7 +210,11 @@ class BlockPattern:
         """False for heads whose lists overflowed their capacity or were marked invalid."""
         kv = (self.kv_num_blocks >= 0) & (self.kv_num_blocks <= self.kv_indices.shape[-1])
         q = (self.q_num_blocks >= 0) & (self.q_num_blocks <= self.q_indices.shape[-1])
-        return jnp.concatenate([kv, q], -1).all(-1)  # one reduction: one kernel on a GPU
+        # As one reduction, one kernel on a GPU: of a concatenation XLA makes two.
+        longer = max(kv.shape[-1], q.shape[-1])
+        widths = lambda x: [(0, 0)] * (x.ndim - 1) + [(0, longer - x.shape[-1])]
+        kv, q = (jnp.pad(x, widths(x), constant_values=True) for x in (kv, q))
+        return (kv & q).all(-1)
 
     def invalidate(self, where: Bool[ArrayLike, "*#L #P"]) -> "BlockPattern":
         """The pattern with the chosen heads marked invalid: their attention is NaN."""

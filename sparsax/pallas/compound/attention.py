@@ -78,7 +78,7 @@ def backward(
     os, dos, lse = [o], [do], saved.lse
     if problem.rows:
         # As an ordinary row a global one keeps nothing.
-        lse = [jnp.where(pattern.is_row()[:, None], -jnp.inf, lse[0]), lse[1]]
+        lse = [jnp.where(keys.is_row[:, None], -jnp.inf, lse[0]), lse[1]]
         os, dos = ([x, _rows(keys, pattern.take_rows(x))] for x in (o, do))
     qs, ks, vs = _arrays(keys, q, k, v, own, saved.brought)
     work = lambda keys_in_rows: expected_work(problem, pattern, keys_in_rows)

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsax.compound import CompoundPattern
+from sparsax.layouts import BlockPattern
 from sparsax.pallas.block_sparse.problem import Problem
 from sparsax.pallas.block_sparse.schedule import Expected, units
 from sparsax.pallas.block_sparse.tiles import ROWS
+
+SHORT = 16  # entries of lists that are compared with every block
 
 
 class Cover(NamedTuple):
@@ -37,7 +40,7 @@ def cover(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> Cover:
     if pattern.blocks is None:
         return Cover(present[None], whole[None], None)
 
-    mask = pattern.blocks.to_block_mask()
+    mask = _block_mask(pattern.blocks)
     mask = mask.swapaxes(1, 2) if keys_in_rows else mask
     (heads, num_rows, num_cols), tiles = mask.shape, len(first_row)
     ragged = (0, 0), (0, tiles * (ROWS // block_row) - num_rows), (0, 0)
@@ -54,6 +57,15 @@ def cover(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> Cover:
         whole | (cut(True).all(2) & every),
         (cut(False).astype(jnp.int32) << shifts).sum(2),
     )
+
+
+def _block_mask(blocks: BlockPattern):
+    """`blocks.to_block_mask()`; of short lists without a scatter, which costs more kernels."""
+    counts, lists = blocks.kv_num_blocks, blocks.kv_indices
+    if lists.shape[-1] > SHORT:
+        return blocks.to_block_mask()
+    lists = jnp.where(jnp.arange(lists.shape[-1]) < counts[..., None], lists, -1)
+    return (lists[..., None, :] == jnp.arange(blocks.num_kv_blocks)[:, None]).any(-1)
 
 
 def expected_work(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> Expected:

@@ -18,6 +18,7 @@ from sparsax.pallas.block_sparse.problem import Problem, whole_tiles
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.listed import Listed
 
+FEW = 512  # global rows that are compared with every token
 BLOCK = 64  # columns of a list's entries, unless the pattern's blocks say otherwise
 
 
@@ -133,6 +134,13 @@ class Keys:
             return place < x.T
         real = lambda m, i: m.at[i].get(mode="fill", fill_value=False)
         return jax.vmap(real)(jnp.broadcast_to(mask, (x.samples, x.T)), place)
+
+    @property
+    def is_row(self):
+        """`pattern.is_row()`; of few rows without a scatter, which costs more kernels."""
+        if self.problem.rows > FEW:
+            return self.pattern.is_row()
+        return (self.row_slots[:, None] == np.arange(self.problem.T)[:, None]).any(-1)
 
     @property
     def row_is_there(self):
