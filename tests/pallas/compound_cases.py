@@ -86,6 +86,7 @@ CASES = tuple(
              make=parts(rows=POSITIONS, num_rows=COUNTS, causal=True)),
         Case(name="longformer", T=331, H=64, make=longformer()),
         Case(name="longformer_own", T=331, H=64, make=longformer(), own=True),
+        Case(name="longformer_whole_tiles", T=384, H=64, N=2, K=1, make=longformer()),
         Case(name="longformer_2048", T=2048, H=64, B=2, own=True, N=1, K=1,
              make=longformer(window=256)),
         Case(name="rows_own_padded", T=384, H=32, own=True, N=2, K=1,

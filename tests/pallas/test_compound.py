@@ -17,6 +17,7 @@ NAMES = ("q_global", "k_global", "v_global")
 # Interpreting a case takes seconds; `test_compound_lists` says of all of them which pairs are kept.
 INTERPRETED = (
     "window_causal", "one_token", "columns_shared_causal", "rows_own_padded", "blocks_and_rows",
+    "longformer_whole_tiles",
 )  # fmt: skip
 SLOW = (
     "vertical_slash", "bigbird", "longformer_padded_own", "all_selected", "everything_per_kv_head",

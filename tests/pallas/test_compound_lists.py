@@ -151,3 +151,18 @@ def test_the_longest_lists_stand_last_but_for_padding_and_keys_of_global_rows(
 ):
     found = [work_of(case(name), keys_in_rows)[0] for keys_in_rows in (False, True)]
     assert [x.longest_last for x in found] == [by_query, by_key]
+
+
+@pytest.mark.parametrize("name", ["longformer", "longformer_whole_tiles", "rows_own_padded"])
+def test_whole_rows_need_no_mask(name):
+    c = case(name)
+    q, k, *_ = c.inputs()
+    pattern = c.pattern()
+    x = problem_of(q, k, pattern, 1.0, c.own)
+    lists = query_lists(Keys(x, pattern))
+    rows = slice(x.rows_from // ROWS, None)
+    full, count = np.asarray(lists.full)[:, rows], np.asarray(lists.count)[:, rows]
+    assert x.whole_rows == (name == "longformer_whole_tiles")
+    if x.whole_rows:
+        assert (full == count).all()
+        assert (count % (ROWS // x.block_kv) == 0).all()

@@ -82,7 +82,7 @@ def dq_kernel(
                     ref.at[work.sample, work.head, rows], layout=ROW, optimized=False
                 )
                 row_lse, row_delta = of_rows(lse), of_rows(delta)
-                find, read, keep = tiles.mask(work, wg, ids_smem)
+                find, read, keep = tiles.mask(work, wg, ids_smem, of_whole=True)
 
                 def products(step):
                     k_ring.wait(step)

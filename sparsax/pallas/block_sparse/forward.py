@@ -89,7 +89,8 @@ def forward_kernel(
                 done, begun = carry
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
                 steps, queries = work.steps, q_smem.at[q_ring.slot(done), wg]
-                find, read, keep = tiles.mask(work, wg, ids_smem)
+                # With other features, the assembler spills without the branch that this asks for.
+                find, read, keep = tiles.mask(work, wg, ids_smem, of_whole=x.H != 64)
 
                 def scores(step):
                     k_ring.wait(step)

@@ -37,6 +37,7 @@ class Problem:
     packed: int = 0  # keys packed behind the sequence, whole row tiles
     rows: int = 0  # global rows, packed behind the queries, whole row tiles
     own: bool = False  # whether these see keys of their own, which stand behind all others
+    whole_rows: bool = False  # whether tiles of global rows never need a mask
 
     @property
     def q_starts(self) -> tuple[int, ...]:

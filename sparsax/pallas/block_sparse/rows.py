@@ -166,11 +166,12 @@ class QueryTiles:
         k_ring.drain(steps)
         v_ring.drain(steps)
 
-    def mask(self, work: QueryTile, wg, ids_smem):
+    def mask(self, work: QueryTile, wg, ids_smem, of_whole: bool):
         """`find(tile)` and `read(slot)`, to be called early, and `keep` for a warpgroup.
 
         `keep(values, fill, found, key_ids, slot)` puts `fill` where a pair does not attend, from
         what these gave of the tile in a slot.
+        `of_whole`: it is called for tiles that need no mask, too.
         """
         x, lists = self.problem, self.lists
         row_in_tile = wg * WG_ROWS
@@ -197,7 +198,8 @@ class QueryTiles:
         def keep(values, fill, found, key_ids, slot):
             key_ids = load_ids(slot) if x.ids and key_ids is None else key_ids
             ids = (row_ids, key_ids) if x.ids else None
-            is_global = work.row * ROWS >= x.rows_from if x.rows_ask else None
+            ask = x.rows_ask and (of_whole or not x.whole_rows)
+            is_global = work.row * ROWS >= x.rows_from if ask else None
             return masks.keep(
                 values, fill, self.columns, found, first_row, x.block_q, ids, is_global
             )

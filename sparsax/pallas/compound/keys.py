@@ -36,6 +36,7 @@ def problem_of(q, k, pattern: CompoundPattern, scale: float, own: bool = False) 
     (batch, length, heads, features), kv_heads = q.shape, k.shape[2]
     blocks, capacity, rows = pattern.blocks, pattern.columns.shape[-1], pattern.rows.shape[-1]
     rule = rule_of(pattern, own and rows > 0)
+    masked = pattern.causal or pattern.token_mask is not None
     return Problem(
         batch, length, length, heads, kv_heads, features,
         1 if blocks is None else blocks.num_heads, q.dtype,
@@ -43,6 +44,7 @@ def problem_of(q, k, pattern: CompoundPattern, scale: float, own: bool = False) 
         scale, None, None, ids=rule is not None, rule=rule,
         samples=pattern.batch, packed=whole_tiles(capacity),
         rows=whole_tiles(rows), own=own and rows > 0,
+        whole_rows=not masked and length % ROWS == 0,
     )  # fmt: skip
 
 
