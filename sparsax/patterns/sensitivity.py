@@ -36,7 +36,9 @@ def layer_weights(
     Returns:
         The rise of the loss when a layer keeps its band alone, over the mean square of the mass
         that its rows lose by it; their mean is 1. A layer that the loss does not miss has 0, and
-        when there is no other, all have 1.
+        when there is no other, all have 1. Look for zeros: such a layer gets the band alone, and
+        on classifiers whose loss fell for some layers the search without weights did as well or
+        better (docs/spion_findings.md).
 
     Raises:
         ValueError: the maps are not those of layers `[L, P, T, T]`, or no square ones; the band is
