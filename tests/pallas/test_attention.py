@@ -14,8 +14,9 @@ from tests.helpers import assert_near
 from tests.pallas.cases import KERNEL_CASES, LARGE, SMALL
 
 name = lambda c: c.name
-# Interpreting a case takes seconds; these few meet every feature of the kernels between them.
-INTERPRETED = KERNEL_CASES + tuple(
+# Interpreting a case takes seconds; these few meet every feature of the kernels between them. What
+# h32 shows is checked by `test_turns_change_no_bit`, with turns and without.
+INTERPRETED = tuple(c for c in KERNEL_CASES if c.name != "h32") + tuple(
     c
     for c in SMALL
     if c.name in ("ragged_zero", "gqa_per_head", "segments_padding_causal", "holes")

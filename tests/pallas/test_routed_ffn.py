@@ -12,6 +12,7 @@ from sparsax import pallas
 from sparsax.pallas.grouped_matmul import product
 from tests.ffn_cases import CASES, Case, run, value_and_gradients
 from tests.helpers import TOLERANCES, assert_near, launched
+from tests.pallas.cases import cells
 
 
 def for_kernels(c: Case, grow: int) -> Case:
@@ -76,7 +77,12 @@ def lowered(c, frozen=False, implementation="pallas"):
 MATRIX = list(itertools.product((False, True), (0, 16), (False, True)))
 
 
-@pytest.mark.parametrize(("gated", "rank", "frozen"), MATRIX)
+def kept(gated, rank, frozen):
+    """Every two of them, with the fewest products and the most; the dtype goes with `gated`."""
+    return (gated + (rank > 0) + frozen) % 2 == 0
+
+
+@pytest.mark.parametrize(("gated", "rank", "frozen"), cells(MATRIX, kept))
 def test_every_kind_of_layer_lowers_and_computes_what_is_asked_for(gated, rank, frozen):
     c = Case(name="lower", M=(3, 50), D=192, E=128, R=rank, gated=gated, activation="silu",
              dtype="float16" if gated else "bfloat16")  # fmt: skip
