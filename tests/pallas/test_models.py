@@ -16,7 +16,7 @@ CONFIG = LongformerConfig(
 
 
 def launches(make, run, *arrays) -> int:
-    """Kernels, and those that deal out rows, in the program of a function of a module."""
+    """Kernels in the program of a function of a module."""
     graph, state = nnx.split(nnx.eval_shape(make))
     with pallas.lowering():
         step = jax.jit(lambda state, *x: run(nnx.merge(graph, state), *x))
@@ -25,21 +25,23 @@ def launches(make, run, *arrays) -> int:
     return launched(text)
 
 
-def test_longformer_launches_one_kernel_and_its_schedule_a_layer():
+def test_longformer_launches_four_kernels_a_layer():
+    """One deals out rows, one gathers what is listed, one attends, one puts rows back."""
     tokens = jax.ShapeDtypeStruct((2, 1000), jnp.int32)
     mask = jax.ShapeDtypeStruct((2, 1000), bool)
     make = lambda: Longformer(CONFIG, max_global=20, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     run = lambda m, x, real, chosen: m(x, key_mask=real, global_mask=chosen)
-    assert launches(make, run, tokens, mask, mask) == 2 * CONFIG.num_hidden_layers
+    assert launches(make, run, tokens, mask, mask) == 4 * CONFIG.num_hidden_layers
 
 
-@pytest.mark.parametrize("length", [500, 1000])
-def test_bigbird_runs_its_global_rows_in_the_launch_of_the_others_or_is_dense(length):
+@pytest.mark.parametrize(("length", "found"), [(500, 2), (1000, 4)])
+def test_bigbird_attends_in_one_launch_or_is_dense(length, found):
+    """Dense, nothing is gathered or put back."""
     x = jax.ShapeDtypeStruct((2, length, 128), jnp.bfloat16)
     mask = jax.ShapeDtypeStruct((2, length), bool)
     make = lambda: BigBirdSelfAttention(2, 128, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     run = lambda m, x, real: m(x, key_mask=real)
-    assert launches(make, run, x, mask) == 2
+    assert launches(make, run, x, mask) == found
 
 
 @pytest.mark.gpu
