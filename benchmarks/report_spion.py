@@ -66,7 +66,9 @@ the sparse one's that of any pattern."""
 LONG = """## Longer sequences
 
 The language model at one size of a step, 32,768 bytes, first seed. *Lost* are the bits per byte
-above those of dense attention.
+above those of dense attention. Memory is that of a step beside parameters and data, the sparse
+one's by compiling for an H200 without one (`lm_memory.py`; a GPU's compiler said the same at 2,048
+bytes, and .1 % less at 8,192).
 
 ![Milliseconds of a step](spion_lengths.png)"""
 
@@ -189,7 +191,9 @@ def main() -> None:
     names = [path.stem.removeprefix("spion_") for path in paths]
     records = {name: json.loads(path.read_text()) for name, path in zip(names, paths, strict=True)}
     text = ["# SPION: does the pattern search earn its keep?", INTRO, GAINS, gains(records)]
-    text += [LONG, long(records, args.docs / "spion_lengths.png")]
+    held = json.loads((args.results / "lm_memory.json").read_text())["rows"]
+    memory = {row["length"]: row["sparse_bytes"] for row in held}
+    text += [LONG, long(records, memory, args.docs / "spion_lengths.png")]
     for path in paths:
         text += section(path, args.docs)
     (args.docs / "spion.md").write_text("\n\n".join(text) + "\n")

@@ -35,8 +35,14 @@ def gains(records: dict[str, dict]) -> str:
     return table(head, cells)
 
 
-def long(records: dict[str, dict], picture: Path) -> str:
-    """The table of the language model by length, its picture, all of the first seed."""
+def long(records: dict[str, dict], memory: dict[int, int], picture: Path) -> str:
+    """The table of the language model by length, its picture, all of the first seed.
+
+    Args:
+        records: results by task.
+        memory: bytes of a sparse step by length.
+        picture: where it goes.
+    """
     cells, measured, drawn = [], [], {"dense, flash": [], "window": [], "weighted": []}
     for length in LENGTHS:
         rows = records.get(f"lm{length}", {"rows": [{}]})["rows"]
@@ -44,6 +50,8 @@ def long(records: dict[str, dict], picture: Path) -> str:
         if not {"dense", "window", "weighted"} <= {*by_method}:
             continue
         size, measured = rows[0]["size"], [*measured, length]
+        peers = {row["peer"]: row["bytes"] for row in rows if "peer" in row}
+        mebibytes = (peers.get("dense"), memory.get(length))
         dense, *sparse = (by_method[x] for x in ("dense", "window", "weighted"))
         others = [row for name, row in by_method.items() if name not in ("dense", *CONTROLS)]
         best = max(others, key=lambda row: row["score"])
@@ -54,6 +62,7 @@ def long(records: dict[str, dict], picture: Path) -> str:
         cells.append([
             f"{length:,} x {size['batch_size']}", f"{size['density']:.0%}",
             *(number(ms) for ms in times), number(times[0] / times[2]),
+            *(number(x / 2**20) if x else "-" for x in mebibytes),
             number(dense["attention_mflop"] / sparse[1]["attention_mflop"]),
             f"{-dense['score']:.4f}", *(lost(row) for row in sparse),
             f"{lost(best)} ({best['method']})",
@@ -69,6 +78,7 @@ def long(records: dict[str, dict], picture: Path) -> str:
     axis.legend()
     figure.savefig(picture, dpi=110)
     head = ["bytes x batch", "density", "dense ms", "window ms", "weighted ms",
-            "x dense, weighted", "fewer operations of attention", "bits per byte, dense",
-            "window: lost x 1000", "weighted: lost x 1000", "best that looked"]  # fmt: skip
+            "x dense, weighted", "dense MiB", "sparse MiB", "fewer operations of attention",
+            "bits per byte, dense", "window: lost x 1000", "weighted: lost x 1000",
+            "best that looked"]  # fmt: skip
     return table(head, cells)
