@@ -21,6 +21,7 @@ COMPUTE = 2  # warpgroups that multiply
 WG_ROWS = 64  # rows of one of them
 ACC = plgpu.WGMMAAccumulatorRef
 LOG2E = math.log2(math.e)
+SHARED_BYTES = 226 * 1024  # a thread block's shared memory, less what barriers need
 LOWEST = -1e30  # finite, so that exp2(-inf - LOWEST) is 0 where -inf - -inf would be NaN
 MATRIX = plgpu.Layout.WGMMA
 ROW, COL = MATRIX.reduce(1), MATRIX.reduce(0)  # a value per row, per column of a matrix
@@ -289,6 +290,11 @@ class TensorCores:
             return value
 
         return pl.run_scoped(run, ACC(shape, jnp.float32))
+
+    def release(self, ring: Ring, step: Any) -> None:
+        """Gives back the slot of a step whose products are done."""
+        self.before_release()
+        ring.release(step)
 
     def before_release(self) -> None:
         """Orders generic reads of a slot, which only interpret mode makes, before its refill."""

@@ -238,8 +238,7 @@ def dkv_kernel(
                             [(None, keys, turned(q_smem)), (None, values, turned(do_smem))],
                             gradients, order.give,
                         )  # fmt: skip
-                        cores.before_release()
-                        ring.release(step)
+                        cores.release(ring, step)
                         return dk_acc, dv_acc, step + 1
 
                     *sums, poison = carry
@@ -260,8 +259,7 @@ def dkv_kernel(
 
                 @pl.when(item.row >= 0)
                 def _():
-                    cores.before_release()
-                    kv_ring.release(done)
+                    cores.release(kv_ring, done)
 
                 def write():
                     for i, (gradient, target) in enumerate(results):

@@ -67,10 +67,6 @@ def dq_kernel(
             order = Turns(turn_bars, wg)
             order.open()
 
-            def release(ring, step):
-                cores.before_release()
-                ring.release(step)
-
             def differentiate(work: QueryTile, carry):
                 done, begun = carry
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
@@ -99,7 +95,7 @@ def dq_kernel(
                     return weights if found is None else keep(weights, 0.0, found, ids, slot)
 
                 def logit_gradients(weights, dp, step):
-                    release(v_ring, step)
+                    cores.release(v_ring, step)
                     return weights * (dp - per_row(row_delta, dp.shape))
 
                 def owed(carry, step):  # the product that adds a tile's share to dQ
@@ -125,7 +121,7 @@ def dq_kernel(
                         weights = probabilities(get_s, step, found)
                         ds = logit_gradients(weights, get_dp(), step)
                         acc = get_acc()
-                        release(k_ring, step - 1)
+                        cores.release(k_ring, step - 1)
                         # Rounded no sooner: the registers were feeding the product just awaited.
                         return acc, ds.astype(x.dtype)
 
@@ -135,7 +131,7 @@ def dq_kernel(
                 def last(carry):
                     end = begun + steps - 1
                     acc = cores.start([owed(carry, end)], lambda get: get())
-                    release(k_ring, end)
+                    cores.release(k_ring, end)
                     return acc, carry[1]
 
                 @pl.when(work.there)

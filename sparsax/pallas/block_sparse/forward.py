@@ -74,10 +74,6 @@ def forward_kernel(
             order = Turns(turn_bars, wg)
             order.open()
 
-            def release(ring, step):
-                cores.before_release()
-                ring.release(step)
-
             def softmax(s, top, total):
                 new_top = jnp.maximum(top, fold(jnp.maximum, s).max(axis=1) * gain)
                 weights = jnp.exp2(s * gain - per_row(new_top, s.shape))
@@ -110,7 +106,7 @@ def forward_kernel(
                             unmasked = columns.full_tiles(work.full) > work.first
                             mask = lambda s: keep(s, -jnp.inf, found, None, k_ring.slot(begun))
                             s = lax.cond(unmasked, lambda s: s, mask, s)
-                        release(k_ring, begun)
+                        cores.release(k_ring, begun)
                         return softmax(s, top, total)
 
                     product = scores(begun)
@@ -128,10 +124,10 @@ def forward_kernel(
                         s = get_scores() if gain == scale else get_scores() * scale
                         if found is not None:
                             s = keep(s, -jnp.inf, found, ids, slot)
-                        release(k_ring, step)
+                        cores.release(k_ring, step)
                         new_weights, new_top, new_total, decay = softmax(s, top, total)
                         acc = get_acc()
-                        release(v_ring, step - 1)
+                        cores.release(v_ring, step - 1)
                         # Rounded no sooner: the registers were feeding the product just awaited.
                         new_weights = new_weights.astype(x.dtype)
                         return acc * per_row(decay, acc.shape), new_top, new_total, new_weights
@@ -144,7 +140,7 @@ def forward_kernel(
                     acc, top, total, weights = carry
                     end = begun + steps - 1
                     acc = cores.start([values(weights, acc, end)], lambda get: get())
-                    release(v_ring, end)
+                    cores.release(v_ring, end)
                     return acc, top, total, weights
 
                 @pl.when(work.there)

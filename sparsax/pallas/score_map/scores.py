@@ -11,9 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.block_sparse import masks
 from sparsax.pallas.block_sparse.problem import Columns, Problem
-from sparsax.pallas.hopper import WG_ROWS, Ring, TensorCores
-
-SHARED_BYTES = 226 * 1024  # a thread block's, less what barriers need
+from sparsax.pallas.hopper import SHARED_BYTES, WG_ROWS, Ring, TensorCores
 
 
 def stages(slot: int, rest: int) -> int:
@@ -71,8 +69,7 @@ def each_tile(
         def and_release(get):
             carry = then()
             s = finish(get)
-            cores.before_release()
-            ring.release(begun + step)
+            cores.release(ring, begun + step)
             return s, carry
 
         return cores.start([(None, *operands(step))], and_release)

@@ -7,6 +7,7 @@ of thread blocks with the same rows shares these copies.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from sparsax.pallas.hopper import (
     COL,
     COMPUTE,
     MATRIX,
+    SHARED_BYTES,
     WG_ROWS,
     Ring,
     TensorCores,
@@ -33,7 +35,6 @@ from sparsax.pallas.hopper import (
 )
 
 ROWS = COMPUTE * WG_ROWS
-SHARED_BYTES = 226 * 1024  # a thread block's, less what barriers need
 RANKS = (32, 64, 96, 128)
 WIDTHS = (64, 128, 256)
 V_STAGES = 2
@@ -128,10 +129,6 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
         def multiply():
             plgpu.set_max_registers(232, action="increase")
 
-            def release(ring, step):
-                cores.before_release()
-                ring.release(step)
-
             def hidden_tiles(step):
                 ring.wait(step)
                 return x_smem.at[ring.slot(step), wg], u_smem.at[ring.slot(step)]
@@ -145,12 +142,12 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
                 p = zeros((WG_ROWS, rank), MATRIX)
                 for chunk in range(chunks):
                     p = cores.start([(p, *hidden_tiles(i * chunks + chunk))], lambda get: get())
-                    release(ring, i * chunks + chunk)
+                    cores.release(ring, i * chunks + chunk)
                 return p
 
             def output(acc, p, i):
                 acc = cores.start([(acc, p, v_tile(i))], lambda get: get())
-                release(v_ring, i)
+                cores.release(v_ring, i)
                 return acc
 
             def advance(i, carry):
@@ -168,9 +165,9 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
                         plgpu.wgmma(hidden_acc, *hidden_tiles(step))
                         plgpu.wgmma_wait(1)  # done: all but the product just started
                         previous = (v_ring, i - 1) if chunk == 0 else (ring, step - 1)
-                        release(*previous)
+                        cores.release(*previous)
                     new = plgpu.wgmma_accumulator_load(hidden_acc, wait_n=0)
-                    release(ring, i * chunks + chunks - 1)
+                    cores.release(ring, i * chunks + chunks - 1)
                     return plgpu.wgmma_accumulator_load(y_acc, wait_n=0), new.astype(x.dtype)
 
                 hidden_acc = ACC((WG_ROWS, rank), jnp.float32)
@@ -197,20 +194,19 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
         kernel, "tsvd_fused", row_tiles * wide,
         (jax.ShapeDtypeStruct((x.shape[0], num_out * width), x.dtype),), interpret,
         cluster=cluster,
-        x_smem=_lined((stages, COMPUTE, WG_ROWS, depth), x.dtype, rank),
-        u_smem=_lined((stages, depth, rank), x.dtype, rank),
-        v_smem=_lined((V_STAGES, rank, width), x.dtype, rank if width < 256 else 32),
+        x_smem=lined((stages, COMPUTE, WG_ROWS, depth), x.dtype, rank),
+        u_smem=lined((stages, depth, rank), x.dtype, rank),
+        v_smem=lined((V_STAGES, rank, width), x.dtype, rank if width < 256 else 32),
         y_smem=shared((COMPUTE, CHUNKS, WG_ROWS, CHUNK), x.dtype),
         u_bars=Ring.barriers(stages, COMPUTE + 1, cluster),
         v_bars=Ring.barriers(V_STAGES, 1),
     )  # fmt: skip
 
 
-def _lined(shape, dtype, rank: int):
+def lined(shape, dtype, rank: int) -> Any:
     """Shared memory for factors and x, in lines as long as the rank admits.
 
     A matrix instruction wants lines of one length in both operands, which divides what is summed.
     """
-    columns = 64 if rank % 64 == 0 else 32
-    lines = columns * jnp.dtype(dtype).itemsize
-    return tiled(shape, dtype, columns, lines)
+    columns = math.gcd(rank, 64)
+    return tiled(shape, dtype, columns, columns * jnp.dtype(dtype).itemsize)

@@ -8,7 +8,6 @@ in order, outside.
 
 import dataclasses
 import math
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +20,21 @@ from sparsax.pallas.grouped_matmul.product import CHUNK, each_chunk
 from sparsax.pallas.hopper import (
     COMPUTE,
     MATRIX,
+    SHARED_BYTES,
     WG_ROWS,
     Ring,
     TensorCores,
     launch,
     multiprocessors,
     shared,
-    tiled,
     zeros,
 )
+from sparsax.pallas.tsvd.fused import lined
 
 ROWS = WG_ROWS  # the most
 RANK = 128  # the largest
 WIDTHS = (128, 256, 512)  # of a tile; each warpgroup has half of its columns
 DEPTH = 64
-SHARED_BYTES = 226 * 1024  # a thread block's, less what barriers need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +115,6 @@ def _kernel(x, u, v, interpret):
         def multiply():
             plgpu.set_max_registers(232, action="increase")
 
-            def release(ring, step):
-                cores.before_release()
-                ring.release(step)
-
             def tile(n, acc):
                 p = zeros((WG_ROWS, rank), MATRIX)
                 for chunk in range(chunks):
@@ -127,11 +122,11 @@ def _kernel(x, u, v, interpret):
                     ring.wait(step)
                     operands = x_smem.at[ring.slot(step)], u_smem.at[ring.slot(step)]
                     p = cores.start([(p, *operands)], lambda get: get())
-                    release(ring, step)
+                    cores.release(ring, step)
                 v_ring.wait(n)
                 own = v_smem.at[v_ring.slot(n), wg]
                 acc = cores.start([(acc, p.astype(x.dtype), own)], lambda get: get())
-                release(v_ring, n)
+                cores.release(v_ring, n)
                 return acc
 
             acc = lax.fori_loop(0, count, tile, zeros((WG_ROWS, half), MATRIX))
@@ -146,16 +141,10 @@ def _kernel(x, u, v, interpret):
     return launch(
         kernel, "tsvd_split", splits * num_out,
         (jax.ShapeDtypeStruct((splits, few, num_out * width), jnp.float32),), interpret,
-        x_smem=_lined((tiling.stages, WG_ROWS, DEPTH), x.dtype, rank),
-        u_smem=_lined((tiling.stages, DEPTH, rank), x.dtype, rank),
-        v_smem=_lined((tiling.v_stages, COMPUTE, rank, half), x.dtype, v_lines),
+        x_smem=lined((tiling.stages, WG_ROWS, DEPTH), x.dtype, rank),
+        u_smem=lined((tiling.stages, DEPTH, rank), x.dtype, rank),
+        v_smem=lined((tiling.v_stages, COMPUTE, rank, half), x.dtype, v_lines),
         y_smem=shared((COMPUTE, 1, WG_ROWS, CHUNK), jnp.float32),
         u_bars=Ring.barriers(tiling.stages, 2),
         v_bars=Ring.barriers(tiling.v_stages, COMPUTE),
     )  # fmt: skip
-
-
-def _lined(shape, dtype, rank: int) -> typing.Any:
-    """Shared memory in lines that divide what a product sums, and its columns."""
-    columns = next(c for c in (64, 32, 16) if rank % c == 0)
-    return tiled(shape, dtype, columns, columns * jnp.dtype(dtype).itemsize)
