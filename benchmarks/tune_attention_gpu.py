@@ -30,7 +30,7 @@ from sparsax.pallas.block_sparse.config import TABLE, Config, Tiling
 # (tile, slots of tiles, of row tiles) that fit in shared memory, by head dim.
 FORWARD = {
     32: [(128, 4, 1), (128, 4, 2), (128, 6, 1)],
-    64: [(128, 3, 1), (128, 3, 2)],
+    64: [(128, 3, 1), (128, 3, 2), (64, 6, 1), (64, 6, 2)],
     96: [(128, 2, 1), (64, 4, 2)],
     128: [(128, 2, 1), (128, 2, 2)],
     256: [(64, 2, 1), (32, 2, 1)],
