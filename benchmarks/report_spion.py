@@ -101,7 +101,7 @@ def layers(rows: list[dict], name: str) -> str:
 
 def methods(rows: list[dict], metric: str) -> str:
     """The table of the trained methods, best first."""
-    sign = -1 if metric == "bits per byte" else 1
+    sign = -1 if metric.startswith("bits") else 1
     by_name: dict[str, list[dict]] = {}
     for row in rows:
         by_name.setdefault(row["method"], []).append(row)

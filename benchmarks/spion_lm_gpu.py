@@ -102,6 +102,7 @@ def language(
     windows: Windows | None = None,
     *,
     name: str = "lm",
+    metric: str = "bits per byte",
     loss: Callable[..., Any] = loss,
     measure: Callable[..., Any] = measure,
 ) -> Task:
@@ -127,7 +128,7 @@ def language(
         return Partial(windows, device, jnp.asarray(starts, jnp.int32))
 
     return Task(
-        name=f"{name}{size.length}", metric="bits per byte", size=size,
+        name=f"{name}{size.length}", metric=metric, size=size,
         make=lambda seed: LanguageModel(config, rngs=nnx.Rngs(seed)), loss=loss,
         optimizer=OPTIMIZER, batches=batches, measure=measure, valid=held(0),
         test=[held(1), held(2)], causal=True,

@@ -72,8 +72,11 @@ class Task:
     padded: bool = False
 
 
-def parse(description: str | None) -> argparse.Namespace:
-    """The flags of every script."""
+def parse(
+    description: str | None,
+    add_own: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> argparse.Namespace:
+    """The flags of every script, and those that one adds."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -92,6 +95,7 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--no-bar", action="store_true", help="no progress bars")
     for field in dataclasses.fields(Size):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type)
+    add_own(parser)
     args = parser.parse_args()
     if args.quick:
         args.out /= "quick"  # checkpoints of their own

@@ -1,0 +1,107 @@
+"""SPION on retrieval: a table of keys and values in the text, which questions ask for later.
+
+    python benchmarks/spion_recall_gpu.py --data FOLDER --out FOLDER                    # in front
+    python benchmarks/spion_recall_gpu.py --data FOLDER --out FOLDER --table anywhere
+    python benchmarks/spion_recall_gpu.py --data FOLDER --out FOLDER --quick
+
+Multi-query associative recall (Arora et al., "Zoology", arXiv 2312.04927) within film reviews: the
+first half of a sample holds a table of 64 keys, each followed by a value drawn anew, in an order
+drawn anew, and text; in the second half, after every 14 bytes of text, comes a key and then its
+value, which a causal model writes. Every key is asked for once, so the table alone knows. It stands
+in front, so that all samples look at the same blocks; or anywhere in the first half, so that what a
+query needs is nowhere twice. FOLDER holds imdb_{train,test}.jsonl.xz; scores are bits per answer
+(one of 64 values: 6 by guessing), with a minus.
+"""
+
+import argparse
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from spion_compare import compare
+from spion_lm_gpu import FULL, QUICK, Windows, language
+from spion_task import data_folder, parse
+
+METHODS = [
+    "dense", "weighted", "window", "CF", "budget", "square", "C", "F", "random", "bigbird", "heads",
+    "longformer", "CF-paper", "CF-paper:zero", "C-paper", "diagonal", "oracle",
+]  # fmt: skip
+KEYS, VALUES, KINDS = 128, 192, 64  # bytes that the reviews hardly use; so many of each
+EVERY = 16  # tokens from one question to the next
+LOOKUP = dataclasses.replace(FULL, dense_steps=9_000)  # to look up is learned late, and then fast
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked(Windows):
+    """A text with a table, then a text with questions."""
+
+    anywhere: bool = False
+
+    @property
+    def half(self) -> int:
+        """Tokens before the questions."""
+        return self.length // 2
+
+    @property
+    def pairs(self) -> int:
+        """Keys of the table, and questions."""
+        return self.half // EVERY
+
+    @property
+    def span(self) -> int:
+        """Bytes of the text: what is neither table nor question."""
+        return self.length - 4 * self.pairs
+
+    def tokens(self, spans, seed) -> jax.Array:
+        """Each span with a table and questions of its own."""
+        keys = jax.random.split(jax.random.key(seed), len(spans))
+        return jax.vmap(self._sample)(super().tokens(spans, seed), keys)
+
+    def _sample(self, text, key):
+        which, what, order, where = jax.random.split(key, 4)
+        keys = KEYS + jax.random.permutation(which, KINDS)[: self.pairs]
+        values = VALUES + jax.random.randint(what, (self.pairs,), 0, KINDS)
+        table = jnp.stack([keys, values], 1)
+        last = self.half - table.size
+        begin = jax.random.randint(where, (), 0, last + 1) if self.anywhere else 0
+        before = jnp.concatenate([text[:last], jnp.zeros(table.size, text.dtype)])
+        # What follows the table makes room for it.
+        before = jnp.where(jnp.arange(self.half) < begin, before, jnp.roll(before, table.size))
+        before = jax.lax.dynamic_update_slice(before, table.reshape(-1), (begin,))
+        asked = jax.random.permutation(order, table)
+        after = jnp.concatenate([text[last:].reshape(self.pairs, -1), asked], 1)
+        return jnp.concatenate([before, after.reshape(-1)])
+
+
+def loss(model, batch, rngs):
+    """Of the answers alone."""
+    tokens = batch[0]
+    first = tokens.shape[1] // 2 + EVERY - 1
+    logits = model(tokens)[:, first - 1 : -1 : EVERY].astype(jnp.float32)
+    answers = tokens[:, first::EVERY]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, answers).mean(), {}
+
+
+def measure(model, batch):
+    return -loss(model, batch, None)[0] / jnp.log(2.0)
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--table", choices=["front", "anywhere"], default="front")
+
+
+def main() -> None:
+    args = parse(__doc__, add_table)
+    size = (QUICK if args.quick else LOOKUP).changed_by(args)
+    anywhere = args.table == "anywhere"
+    task = language(
+        data_folder(args), size, Asked(size.length, anywhere),
+        name="recall_anywhere" if anywhere else "recall", metric="bits per answer", loss=loss,
+        measure=measure,
+    )  # fmt: skip
+    compare(task, args, METHODS)
+
+
+if __name__ == "__main__":
+    main()
