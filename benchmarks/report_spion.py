@@ -19,6 +19,7 @@ from sparsax.plots import curve_figure, pattern_figure
 HERE = Path(__file__).parent
 SHOWN = (
     "weighted",
+    "weighted-heads",
     "square",
     "budget",
     "heads",
@@ -40,9 +41,10 @@ and its neighbours among them, but for those whose density says otherwise:
 - **budget**: one budget over all layers, by captured mass (`patterns.mass.search` with
   `objective="mass"`); **square**: by the squared mass that rows lose, **weighted** by what the loss
   minds of each layer (`patterns.layer_weights`); **square-layer**: as many in every layer;
-  **heads**: budget over all heads; **layer**: budget, as many blocks in every layer; **cover**: as
-  few as hold 90 % of the mass; **again**: searched once more in the middle of the sparse phase;
-  **oracle**: budget, in the maps of the dense model at the end of its training.
+  **heads**: budget over all heads, **weighted-heads** by weighted squares; **layer**: budget, as
+  many blocks in every layer; **cover**: as few as hold 90 % of the mass; **again**: searched once
+  more in the middle of the sparse phase; **oracle**: budget, in the maps of the dense model at the
+  end of its training.
 - **CF, F, C**: SPION's variants at equal density and with the forced neighbours; **-paper** as
   published, with its own quantile or density and only the diagonal forced. **zero** counts a pruned
   key as logit 0, as SPION does; all others drop it.

@@ -32,11 +32,11 @@ from sparsax.nn import DecoderConfig, LanguageModel
 METHODS = [
     "dense", "weighted", "window", "budget", "square", "square-layer", "CF", "layer", "oracle",
     "heads", "random", "bigbird", "C", "F", "budget:zero", "cover", "again", "longformer",
-    "diagonal", "CF-paper", "CF-paper:zero",
+    "weighted-heads", "diagonal", "CF-paper", "CF-paper:zero",
 ]  # fmt: skip
 LONG_METHODS = [
-    "dense", "weighted", "window", "budget", "square", "square-layer", "heads", "F", "random",
-    "bigbird",
+    "dense", "weighted", "window", "budget", "square", "square-layer", "heads", "weighted-heads",
+    "F", "random", "bigbird",
 ]  # fmt: skip
 BYTES = 32_768  # of a step
 HELD = 10**6  # seeds of held-out samples, beyond any step

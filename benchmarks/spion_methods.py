@@ -166,6 +166,7 @@ FINDERS: dict[str, Find] = {
     "square": lambda s, m: by_mass(s, m.pooled, objective="square"),
     "square-layer": lambda s, m: by_mass(s, m.pooled, objective="square", spread="layer"),
     "weighted": lambda s, m: by_mass(s, m.pooled, objective="square", weights=m.weights),
+    "weighted-heads": lambda s, m: by_mass(s, m.heads, objective="square", weights=m.weights),
     "cover": lambda s, m: by_mass(s, m.pooled, density=None, cover=s.cover),
     "again": lambda s, m: by_mass(s, m.pooled),  # and once more in the middle of the sparse phase
     "oracle": _oracle,
@@ -194,7 +195,7 @@ def kind_of(name: str) -> str:
     method, pruned = split_name(name)
     if method == "dense":
         return "dense"
-    return f"{'heads' if method == 'heads' else 'shared'} {pruned}"
+    return f"{'heads' if method.endswith('heads') else 'shared'} {pruned}"
 
 
 def search_of(name: str) -> str | None:

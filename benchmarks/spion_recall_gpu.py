@@ -25,7 +25,7 @@ from spion_task import data_folder, parse
 
 METHODS = [
     "dense", "weighted", "window", "CF", "budget", "square", "C", "F", "random", "bigbird", "heads",
-    "longformer", "CF-paper", "CF-paper:zero", "C-paper", "diagonal", "oracle",
+    "weighted-heads", "longformer", "CF-paper", "CF-paper:zero", "C-paper", "diagonal", "oracle",
 ]  # fmt: skip
 KEYS, VALUES, KINDS = 128, 192, 64  # bytes that the reviews hardly use; so many of each
 EVERY = 16  # tokens from one question to the next

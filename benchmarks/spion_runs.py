@@ -175,7 +175,7 @@ class Runs:
         pattern, facts = None, {}
         start = {**self.start.state, "maps": self.probed, "step": self.start.step}
         options: dict[str, Any] = {"start": start}
-        if method == "weighted":
+        if method.startswith("weighted"):
             facts["weights"], facts["weights_ms"] = self.weigh()
         if method != "dense":
             find = functools.partial(FINDERS[method], self.setting, self.maps)
