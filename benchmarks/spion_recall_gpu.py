@@ -1,20 +1,21 @@
 """SPION on retrieval: a table of keys and values in the text, which questions ask for later.
 
-    python benchmarks/spion_recall_gpu.py --data FOLDER --out FOLDER                    # in front
+    python benchmarks/spion_recall_gpu.py --data FOLDER --out FOLDER
     python benchmarks/spion_recall_gpu.py --data FOLDER --out FOLDER --table anywhere
     python benchmarks/spion_recall_gpu.py --data FOLDER --out FOLDER --quick
 
 Multi-query associative recall (Arora et al., "Zoology", arXiv 2312.04927) within film reviews: the
-first half of a sample holds a table of 64 keys, each followed by a value drawn anew, in an order
-drawn anew, and text; in the second half, after every 14 bytes of text, comes a key and then its
-value, which a causal model writes. Every key is asked for once, so the table alone knows. It stands
-in front, so that all samples look at the same blocks; or anywhere in the first half, so that what a
+first half of a sample holds a table of keys, each followed by a value drawn anew, in an order drawn
+anew, and text; in the second half stand, every so many bytes of text, a key and then its value,
+which a causal model writes. Every key is asked for once, so the table alone knows. It stands in
+front, so that all samples look at the same blocks; or anywhere in the first half, so that what a
 query needs is nowhere twice. FOLDER holds imdb_{train,test}.jsonl.xz; scores are bits per answer
-(one of 64 values: 6 by guessing), with a minus.
+(one of 64 values: 6 by guessing), with a minus. Other flags, another --out.
 """
 
 import argparse
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,25 +29,20 @@ METHODS = [
     "weighted-heads", "longformer", "CF-paper", "CF-paper:zero", "C-paper", "diagonal", "oracle",
 ]  # fmt: skip
 KEYS, VALUES, KINDS = 128, 192, 64  # bytes that the reviews hardly use; so many of each
-EVERY = 16  # tokens from one question to the next
-LOOKUP = dataclasses.replace(FULL, dense_steps=9_000)  # to look up is learned late, and then fast
+LOOKUP = dataclasses.replace(FULL, dense_steps=9_000)  # looking up is learned late, and then fast
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked(Windows):
     """A text with a table, then a text with questions."""
 
-    anywhere: bool = False
+    pairs: int  # keys of the table, and questions
+    anywhere: bool
 
     @property
     def half(self) -> int:
         """Tokens before the questions."""
         return self.length // 2
-
-    @property
-    def pairs(self) -> int:
-        """Keys of the table, and questions."""
-        return self.half // EVERY
 
     @property
     def span(self) -> int:
@@ -74,31 +70,34 @@ class Asked(Windows):
         return jnp.concatenate([before, after.reshape(-1)])
 
 
-def loss(model, batch, rngs):
-    """Of the answers alone."""
+def loss(pairs: int, text: float, model, batch, rngs):
+    """Of the answers, and with a weight of all tokens, which teach to read."""
     tokens = batch[0]
-    first = tokens.shape[1] // 2 + EVERY - 1
-    logits = model(tokens)[:, first - 1 : -1 : EVERY].astype(jnp.float32)
-    answers = tokens[:, first::EVERY]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, answers).mean(), {}
+    every = tokens.shape[1] // 2 // pairs
+    logits = model(tokens)[:, :-1].astype(jnp.float32)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    answers = each[:, tokens.shape[1] // 2 + every - 2 :: every]
+    return answers.mean() + text * each.mean(), {}
 
 
-def measure(model, batch):
-    return -loss(model, batch, None)[0] / jnp.log(2.0)
+def measure(pairs: int, model, batch):
+    return -loss(pairs, 0.0, model, batch, None)[0] / jnp.log(2.0)
 
 
-def add_table(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", choices=["front", "anywhere"], default="front")
+    parser.add_argument("--pairs", type=int, help="of the table; one for 16 tokens of a half")
+    parser.add_argument("--text", type=float, default=0.0, help="weight of all tokens in the loss")
 
 
 def main() -> None:
-    args = parse(__doc__, add_table)
+    args = parse(__doc__, add_flags)
     size = (QUICK if args.quick else LOOKUP).changed_by(args)
-    anywhere = args.table == "anywhere"
+    anywhere, pairs = args.table == "anywhere", args.pairs or size.length // 32
     task = language(
-        data_folder(args), size, Asked(size.length, anywhere),
-        name="recall_anywhere" if anywhere else "recall", metric="bits per answer", loss=loss,
-        measure=measure,
+        data_folder(args), size, Asked(size.length, pairs, anywhere),
+        name="recall_anywhere" if anywhere else "recall", metric="bits per answer",
+        loss=functools.partial(loss, pairs, args.text), measure=functools.partial(measure, pairs),
     )  # fmt: skip
     compare(task, args, METHODS)
 
