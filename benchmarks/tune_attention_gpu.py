@@ -63,10 +63,11 @@ KERNELS = {
 
 
 def tilings(choices) -> list[Tiling]:
-    """Every choice, with and without turns."""
+    """Every choice as it is, with turns, and with one warp that copies."""
+    ways = {}, {"turns": True}, {"one_warp": True}
     return [
-        Tiling(tile, stages, turns, row_slots)
-        for tile, stages, row_slots in choices for turns in (False, True)
+        Tiling(tile, stages, row_slots=row_slots, **way)
+        for tile, stages, row_slots in choices for way in ways
     ]  # fmt: skip
 
 
@@ -221,7 +222,7 @@ def best(rows: list[dict], kernel: str, names: tuple[str, ...]) -> Tiling | None
         * sum(row["milliseconds"][name] / least[name] for name in names)
     )
     row = min(rows, key=cost)
-    return Tiling(row["tile"], row["stages"], row["turns"], row["row_slots"])
+    return Tiling(**{field.name: row[field.name] for field in dataclasses.fields(Tiling)})
 
 
 def main() -> None:

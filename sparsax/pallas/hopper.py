@@ -82,6 +82,25 @@ def per_col(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
+def copying(wg, one_warp: bool) -> Callable[[Callable[[], None]], None]:
+    """Has the copying warpgroup run what this decorates, or one of its warps alone.
+
+    A warpgroup gathers its warps before every copy; one warp need not, and leaves more of the
+    issue slots to the warpgroups that compute.
+    """
+
+    def decorate(copy):
+        @pl.when(wg == COMPUTE)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            if one_warp:
+                plgpu.warp_map(lambda warp: pl.when(warp == 0)(copy))
+            else:
+                copy()
+
+    return decorate
+
+
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """Slots of shared memory that the copying warpgroup fills and the computing ones empty."""

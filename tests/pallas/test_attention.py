@@ -15,7 +15,7 @@ from tests.pallas.cases import KERNEL_CASES, LARGE, SMALL
 
 name = lambda c: c.name
 # Interpreting a case takes seconds; these few meet every feature of the kernels between them. What
-# h32 shows is checked by `test_turns_change_no_bit`, with turns and without.
+# h32 shows is checked by `test_who_waits_for_whom_changes_no_bit`.
 INTERPRETED = tuple(c for c in KERNEL_CASES if c.name != "h32") + tuple(
     c
     for c in SMALL
@@ -76,10 +76,11 @@ def test_split_rows_add_up_interpreted(joined):
 
 
 @pytest.mark.usefixtures("no_races")
-def test_turns_change_no_bit(monkeypatch):
+@pytest.mark.parametrize("choice", ["turns", "one_warp"])
+def test_who_waits_for_whom_changes_no_bit(choice, monkeypatch):
     c, found = next(c for c in KERNEL_CASES if c.name == "h32"), []
-    for turns in (False, True):
-        change = lambda tiling, turns=turns: dataclasses.replace(tiling, turns=turns)
+    for value in (False, True):
+        change = lambda tiling, value=value: dataclasses.replace(tiling, **{choice: value})
         old = configs.TABLE[c.H]
         config = configs.Config(change(old.forward), change(old.dq), change(old.dkv))
         for table in (configs.TABLE, configs.MASKED):

@@ -11,13 +11,15 @@ class Tiling:
     """How a kernel uses shared memory, and whether its warpgroups take turns.
 
     `tile` columns of a tile, `stages` slots of the ring that holds them, `row_slots` for what a row
-    tile keeps: with two of them, the next row tile arrives beside the work on this one.
+    tile keeps: with two of them, the next row tile arrives beside the work on this one. `one_warp`:
+    whether one warp copies, instead of a warpgroup.
     """
 
     tile: int
     stages: int
     turns: bool = False
     row_slots: int = 1
+    one_warp: bool = False
 
     @property
     def keywords(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from sparsax.pallas.hopper import (
     Ring,
     TensorCores,
     Turns,
+    copying,
     launch,
     per_col,
     shared,
@@ -59,6 +60,7 @@ def dkv_kernel(
     stages: int,
     turns: bool,
     row_slots: int,
+    one_warp: bool,
     interpret,
     features: tuple[int, int] | None = None,
 ):
@@ -111,10 +113,8 @@ def dkv_kernel(
 
             return lax.fori_loop(0, group, go, (jnp.int32(0), carry))[1]
 
-        @pl.when(wg == COMPUTE)
+        @copying(wg, one_warp)
         def copy_tiles():
-            plgpu.set_max_registers(40, action="decrease")
-
             def fill_tile(item: Item, carry):
                 done, step = carry
                 b, kv_head = where(item)

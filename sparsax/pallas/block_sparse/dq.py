@@ -24,6 +24,7 @@ from sparsax.pallas.hopper import (
     Ring,
     TensorCores,
     Turns,
+    copying,
     launch,
     per_row,
     shared,
@@ -33,7 +34,7 @@ from sparsax.pallas.hopper import (
 
 def dq_kernel(
     x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
-    row_slots: int, interpret,
+    row_slots: int, one_warp: bool, interpret,
 ):  # fmt: skip
     """A function of `([table], full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
 
@@ -55,9 +56,8 @@ def dq_kernel(
         q_ring, k_ring, v_ring = Ring(q_bars, row_slots), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")
 
-        @pl.when(wg == COMPUTE)
+        @copying(wg, one_warp)
         def copy():
-            plgpu.set_max_registers(40, action="decrease")
             of_rows = [(q, q_smem), (do, do_smem)]
             tiles.copy(of_rows, q_ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring)
 

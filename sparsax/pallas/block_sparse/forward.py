@@ -26,6 +26,7 @@ from sparsax.pallas.hopper import (
     Ring,
     TensorCores,
     Turns,
+    copying,
     folded,
     full,
     launch,
@@ -37,7 +38,7 @@ from sparsax.pallas.hopper import (
 
 def forward_kernel(
     x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
-    row_slots: int, interpret,
+    row_slots: int, one_warp: bool, interpret,
 ):  # fmt: skip
     """A function of `([table], full, count, cols, [bits], [q_ids, kv_ids], *q, *k, *v)`.
 
@@ -63,9 +64,8 @@ def forward_kernel(
         q_ring, k_ring, v_ring = Ring(q_bars, row_slots), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")
 
-        @pl.when(wg == COMPUTE)
+        @copying(wg, one_warp)
         def copy():
-            plgpu.set_max_registers(40, action="decrease")
             tiles.copy([(q, q_smem)], q_ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring)
 
         @pl.when(wg < COMPUTE)
