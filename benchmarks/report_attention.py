@@ -2,6 +2,7 @@
 
     python benchmarks/attention_gpu.py --flex 16384        # on the GPU: results/attention_gpu.json
     python benchmarks/score_map_gpu.py                     # on the GPU: results/score_map_gpu.json
+    python benchmarks/profile_gpu.py                       # on the GPU: results/profile_gpu.json
     uv run python benchmarks/report_attention.py           # anywhere (needs the `plots` extra)
 
 A dash is a figure that the result lacks; a length or pattern that it lacks has a row that says so.
@@ -14,6 +15,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import report_profile
 from gpu import BLOCK
 from harness import RESULTS
 from matplotlib.figure import Figure
@@ -194,6 +196,12 @@ def main() -> None:
     for features in sorted({row["features"] for row in rows}):
         own = [row for row in rows if row["features"] == features]
         text += [f"## {features} head features", speed(own, heads)]
+    if profile := read("profile_gpu", args.results.parent):
+        text += [
+            "## What the kernels wait for",
+            origin("profile_gpu", profile), report_profile.TEXT,
+            report_profile.waits(profile["rows"]),
+        ]  # fmt: skip
     if maps := read("score_map_gpu", args.results.parent):
         text += [
             "## The score map, which a search reads",

@@ -122,6 +122,7 @@ def main() -> None:
         "without a mask, tiles at its edges masked by index, the columns' keys gathered into "
         "tiles of their own, global rows dense; one softmax joins them. Contiguous global tokens "
         "and BigBird leave nothing to win: a tie is right there.",
+        "[What these tables say](compound_findings.md).",
         "![The first 512 tokens of a text whose sentences' starts are global]"
         "(compound_slices.png)",
         "The picture is that of `examples/longformer.py`.",
