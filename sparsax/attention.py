@@ -228,7 +228,8 @@ def default_implementation(
         q: queries `[B, T, N, H]`; or the inputs of `tsvd_matmul`, `[*B, D]`.
         pattern: of `block_sparse_attention`, or of `compound_attention`; or the codes of
             `top_l_attention`; or the factors of `tsvd_matmul`, whose gradients are
-            always "xla", as is what has an activation that the kernels lack.
+            always "xla", as are few rows under `jax.vmap` and what has an activation that the
+            kernels lack.
 
     Raises:
         ValueError: it is none of these.

@@ -6,10 +6,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from sparsax import checks, pallas, reference, xla
 from sparsax.lowrank import CommonFactors, TiledFactors
+from sparsax.pallas.tsvd import FEW
 from sparsax.typing import Implementation
 
 Activation = typing.Literal["relu", "silu", "gelu", "gelu_exact"]
@@ -43,10 +45,12 @@ def tsvd_matmul(
         activation: "relu", "silu", "gelu" (tanh), "gelu_exact", or None.
         implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs:
             batched matmuls that transpose nothing in between, or one fused kernel that stores no
-            `x u` where that reads less; bfloat16 or float16, tiles in multiples of 64, ranks in
-            multiples of 16, see `TiledFactors.pad_rank`). None is "pallas" where the kernels can
-            run, are not differentiated, and have 4,096 rows or more, else "xla": with gradients
-            neither is always the faster one (docs/tsvd.md), and values of both differ by rounding.
+            `x u` where that reads less, or one for few rows; bfloat16 or float16, tiles in
+            multiples of 64, ranks in multiples of 16, see `TiledFactors.pad_rank`). None is
+            "pallas" where the kernels can run, are not differentiated, and have 4,096 rows or
+            more, or up to 16 of a matrix of 64 or more tiles of 256 x 256 with ranks up to 64,
+            which `jax.vmap` does not batch; else "xla": with gradients neither is always the
+            faster one (docs/tsvd.md), and values of both differ by rounding.
             Kernels are not partitioned by themselves: where rows are sharded over devices, call
             this inside `jax.shard_map`, or name "xla". A name runs or raises.
 
@@ -144,7 +148,26 @@ def _apply(x, factors, bias, activation, implementation):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(call: _Call, x, first, second, bias):
-    return _forward(call._replace(kernel=call.kernel_alone), x, first, second, bias)[0]
+    arrays = x, first, second, bias
+    if call.kernel_alone and not call.kernel and len(x) <= FEW:
+        return _few(call, *arrays)
+    return _forward(call._replace(kernel=call.kernel_alone), *arrays)[0]
+
+
+def _few(call: _Call, *arrays):
+    """Few rows through the kernel, unless a batch of them makes many: XLA takes those as one.
+
+    The kernel would read the factors again for each of the batch.
+    """
+    run = custom_vmap(lambda *a: _forward(call._replace(kernel=True), *a)[0])
+
+    @run.def_vmap
+    def _batched(size, mapped, *arrays):
+        axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, mapped)
+        portable = lambda *a: _forward(call._replace(kernel=False), *a)[0]
+        return jax.vmap(portable, axes, axis_size=size)(*arrays), True
+
+    return run(*arrays)
 
 
 def _forward(call, x, first, second, bias):

@@ -75,11 +75,15 @@ def test_it_follows_from_shapes_under_jit():
 
 
 @pytest.mark.parametrize("hopper", [False, True])
-@pytest.mark.parametrize("rows", [4095, 4096])
-def test_it_names_what_none_runs_for_factors(rows, hopper):
+@pytest.mark.parametrize(
+    ("rows", "tiles", "size", "faster"),
+    [(4095, 1, 64, False), (4096, 1, 64, True), (16, 8, 256, True), (17, 8, 256, False)],
+)
+def test_it_names_what_none_runs_for_factors(rows, tiles, size, faster, hopper):
     of = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
-    factors = TiledFactors(of(1, 64, 1, 64), of(1, 1, 64, 64), pad_in=0, pad_out=0)
-    x, found = of(rows, 64), hopper and rows == 4096
+    u, v = of(tiles, size, tiles, 64), of(tiles, tiles, 64, size)
+    factors = TiledFactors(u, v, pad_in=0, pad_out=0)
+    x, found = of(rows, tiles * size), hopper and faster
     with pallas.lowering() if hopper else contextlib.nullcontext():
         assert default_implementation(x, factors) == ("pallas" if found else "xla")
         traced = jax.jit(lambda x, factors: tsvd_matmul(x, factors)).trace(x, factors)

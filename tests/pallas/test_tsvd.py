@@ -112,7 +112,7 @@ def test_the_fused_kernel_matches_the_reference(c, monkeypatch):
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    """The schedule for few rows, which has to be asked for."""
+    """The schedule for few rows, whatever the tiles."""
     monkeypatch.setattr(tsvd, "best_schedule", lambda *_: "split")
 
 
@@ -121,6 +121,22 @@ def few_rows(monkeypatch):
 def test_the_kernel_for_few_rows_matches_the_reference(c):
     with pallas.interpreted():
         forward_is_near(c)
+
+
+@pytest.mark.usefixtures("few_blocks")
+@pytest.mark.parametrize("implementation", [None, "pallas"])
+def test_few_rows_are_chosen_and_match_the_reference(implementation, monkeypatch):
+    monkeypatch.setattr(tsvd, "FEW_TILES", 2)
+    x, factors, bias, _ = Case(name="chosen", M=(3,), D=256, F=500, tile=256, rank=16,
+                               dtype="bfloat16").inputs()  # fmt: skip
+    run = lambda x: tsvd_matmul(x, factors, bias, "gelu", implementation=implementation)
+    batch = jnp.stack([x, 2 * x])
+    with pallas.interpreted():
+        assert "tsvd_split" in str(jax.make_jaxpr(run)(x))
+        got, both = jax.jit(run)(x), jax.jit(jax.vmap(run))(batch)
+    want = lambda x: tsvd_matmul(x, factors, bias, "gelu", implementation="reference")
+    assert_near(got, want(x), TOLERANCES["bfloat16"].output, "y")
+    assert_near(both, want(batch), TOLERANCES["bfloat16"].output, "y of a batch")
 
 
 RACING = Case(name="races", M=(330,), D=192, F=256, tile=64, rank=64, dtype="bfloat16")
@@ -269,6 +285,34 @@ def test_none_runs_the_kernels_where_they_are_faster(rows, rank, gradient, found
     assert bool(kernels(text)) == found
 
 
+# Rows, tile, rank, columns of tiles; the kernels that run forward.
+FEW_CHOSEN = [
+    (1, 256, 16, 16, {"split"}), (16, 256, 64, 16, {"split"}), (17, 256, 64, 16, set()),
+    (16, 256, 80, 16, set()), (16, 512, 64, 16, set()), (16, 256, 64, 15, set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "size", "rank", "num_out", "found"), FEW_CHOSEN)
+def test_none_runs_the_kernel_for_few_rows_where_it_is_faster(rows, size, rank, num_out, found):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    u, v = of(4, size, num_out, rank), of(num_out, 4, rank, size)
+    factors, x = TiledFactors(u, v, pad_in=0, pad_out=0), of(rows, 4 * size)
+
+    def lowered(run, *arrays):
+        with pallas.lowering():
+            traced = jax.jit(run).trace(*arrays)
+            return kernels(traced.lower(lowering_platforms=("cuda",)).as_text())
+
+    assert lowered(tsvd_matmul, x, factors) == found
+    named = lambda *a: tsvd_matmul(*a, implementation="pallas")
+    assert lowered(named, x, factors) == (found or {"hidden", "out"})
+    # Gradients, and a batch of few rows, which is many, are XLA's.
+    squares = lambda *a: (tsvd_matmul(*a).astype(jnp.float32) ** 2).sum()
+    assert not lowered(jax.grad(squares, (0, 1)), x, factors)
+    batched = jax.vmap(tsvd_matmul, (0, None))
+    assert not lowered(batched, of(5, *x.shape), factors)
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
 def test_activations_lower_in_the_epilogue(activation, schedule):
     x, factors, bias, _ = CASES[0].inputs()
@@ -297,6 +341,17 @@ def sharded(x, factors):
 
 def over_factors(x, factors):
     return jax.vmap(lambda f: tsvd_matmul(x, f, implementation="pallas"))(factors)
+
+
+def test_few_rows_lower_sharded():
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    factors = TiledFactors(of(8, 256, 8, 32), of(8, 8, 32, 256), pad_in=0, pad_out=0)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), "rows")
+    spec, none = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
+    run = jax.shard_map(tsvd_matmul, mesh=mesh, in_specs=(spec, none), out_specs=spec)
+    with pallas.lowering():
+        text = jax.jit(run).trace(of(8, 2048), factors).lower(lowering_platforms=("cuda",))
+    assert kernels(text.as_text()) == {"split"}
 
 
 @pytest.mark.parametrize("model", [over_layers, sharded, over_factors])
