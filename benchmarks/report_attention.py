@@ -14,8 +14,8 @@ import json
 import re
 from pathlib import Path
 
+import kernel_waits
 import numpy as np
-import report_profile
 from gpu import BLOCK
 from harness import RESULTS
 from matplotlib.figure import Figure
@@ -199,8 +199,8 @@ def main() -> None:
     if profile := read("profile_gpu", args.results.parent):
         text += [
             "## What the kernels wait for",
-            origin("profile_gpu", profile), report_profile.TEXT,
-            report_profile.waits(profile["rows"]),
+            origin("profile_gpu", profile), kernel_waits.TEXT,
+            kernel_waits.waits(profile["rows"]),
         ]  # fmt: skip
     if maps := read("score_map_gpu", args.results.parent):
         text += [
