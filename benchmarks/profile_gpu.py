@@ -6,8 +6,8 @@ Starts itself under `ncu`, which has to be on the PATH, once for each case, and 
 alone. bfloat16. `spion`: 16 heads of 64 and of 128 features, 16,384 tokens, a band and full columns
 of blocks of 128, density .1, as in attention_gpu.py. `qds`, `longformer`: compound attention as in
 compound_gpu.py. Dense cuDNN stands beside each. A row holds, for one launch, microseconds, what
-share of its peak each pipe, the issue slots and memory reached while the kernel ran, and how many
-cycles a warp waits for each reason from one of its instructions to the next.
+share of its peak each pipe and memory reached while the kernel ran, and how many cycles a warp
+waits for each reason from one of its instructions to the next.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import sparsax
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes share the GPU
 KERNELS = "block_sparse_(forward|dq|dkv)|sdpa|flash"
 SECTIONS = "SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "LaunchStats"
-PIPE = re.compile(r"sm__(?:inst_executed_)?pipe_(\w+?)(?:_cycles_active)?\.avg\.pct_of_peak_\w+")
+PIPE = re.compile(r"sm__(inst_executed_)?pipe_(\w+?)(?:_cycles_active)?\.avg\.pct_of_peak_\w+")
 STALL = re.compile(r"smsp__average_warps?_latency_issue_stalled_(\w+)\.ratio|"
                    r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")  # fmt: skip
 FACTS = {
@@ -38,8 +38,6 @@ FACTS = {
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "busiest unit of multiprocessors",
     "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": "memory system",
     "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "memory",
-    "sm__instruction_throughput.avg.pct_of_peak_sustained_active": "instructions",
-    "sm__inst_issued.avg.pct_of_peak_sustained_active": "issue slots",
     "launch__registers_per_thread": "registers",
 }
 TO_MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3}
@@ -105,7 +103,7 @@ def rows(name: str, printed: str) -> list[dict]:
                 value *= TO_MICROSECONDS.get(units[key], 1.0)
                 row[FACTS[key]] = value
             elif match := PIPE.fullmatch(key):
-                row["pipes"][match[1]] = value
+                row["pipes"][match[2] + " instructions" * bool(match[1])] = value
             elif match := STALL.fullmatch(key):
                 row["waits"][match[1] or match[2]] = value
         for kind in ("pipes", "waits"):

@@ -136,8 +136,8 @@ def main() -> None:
             "`x` says how many times as long a peer takes: dense cuDNN without a mask; our "
             "block-sparse kernel over the blocks of 64 that hold a pair; FlexAttention with "
             "exactly these pairs, autotuned; Hugging Face's self-attention beside our layer, "
-            "projections included in both. A dash was not measured; where it says failed, one of "
-            "the two ran out of memory or could not be compiled, as the result's file tells.",
+            "projections of queries, keys and values included in both. A dash was not measured; "
+            "where it says failed, one of the two ran out of memory or could not be compiled, as the result's file tells.",
             "![Times as long as ours](compound_gpu.png)", speed(found["rows"]),
         ]  # fmt: skip
         picture(found["rows"]).savefig(args.docs / "compound_gpu.png", dpi=120)

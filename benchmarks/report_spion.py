@@ -50,8 +50,9 @@ and its neighbours among them, but for those whose density says otherwise:
   key as logit 0, as SPION does; all others drop it.
 - **diagonal, random, window, bigbird, longformer** look at no map.
 
-*Over dense* is how much better than dense a method is, seed by seed (below 0: worse). *Before* is
-the score right after the switch. *Mass* is the share of the dense model's attention
+*Over dense* is how much better than dense a method is, seed by seed (below 0: worse); where rows
+have fewer seeds than others, it alone compares them. Scores are of test samples, *before* is that
+of validation samples right after the switch. *Mass* is the share of the dense model's attention
 that the listed blocks hold, on held-out samples when the pattern was chosen, layer by layer; *best*
 is the most that as many blocks can hold; random blocks beside the band hold as large a share of
 what the band leaves as they are of the blocks there. *Search* is the time of one search, and with
@@ -67,8 +68,8 @@ baseline of the papers, and flash attention. Memory is that of a step beside par
 the sparse one's that of any pattern."""
 LONG = """## Longer sequences
 
-The language model at one size of a step, 32,768 bytes, first seed. *Lost* are the bits per byte
-above those of dense attention. Memory is that of a step beside parameters and data, the sparse
+The language model at one size of a step, 32,768 bytes, first seed, on H100s. *Lost* are the bits
+per byte above those of dense attention. Memory is that of a step beside parameters and data, the sparse
 one's by compiling for an H200 without one (`lm_memory.py`; a GPU's compiler said the same at 2,048
 bytes, and .1 % less at 8,192).
 
@@ -109,7 +110,7 @@ def methods(rows: list[dict], metric: str) -> str:
         by_name.setdefault(row["method"], []).append(row)
     dense = {row["seed"]: row["score"] for row in by_name.get("dense", [])}
     ordered = sorted(by_name.items(), key=lambda x: -np.mean([row["score"] for row in x[1]]))
-    cells = []
+    cells, most = [], max(map(len, by_name.values()))
     for name, own in ordered:
         every = lambda key, own=own: [row.get(key) for row in own]
         middle = lambda key, own=own: cell([least([row[key] for row in own])], 2)
@@ -117,8 +118,9 @@ def methods(rows: list[dict], metric: str) -> str:
         gained = [row["score"] - dense[row["seed"]] for row in own if row["seed"] in dense]
         share = [100 * row["search_share"] for row in own if row["search_share"] is not None]
         searched = "search_ms" in own[0]
+        seeds = f"{name}, {len(own)} of {most} seeds" if len(own) < most else name
         cells.append([
-            name, signed("score"), cell(gained, 4), signed("before"),
+            seeds, signed("score"), cell(gained, 4), signed("before"),
             *(layers(own, x) for x in ("density", "mass", "best_mass", "final_mass")),
             middle("dense_ms"), middle("sparse_ms"),
             number(float(np.mean(every("attention_mflop")))),
