@@ -137,7 +137,8 @@ def main() -> None:
             "block-sparse kernel over the blocks of 64 that hold a pair; FlexAttention with "
             "exactly these pairs, autotuned; Hugging Face's self-attention beside our layer, "
             "projections of queries, keys and values included in both. A dash was not measured; "
-            "where it says failed, one of the two ran out of memory or could not be compiled, as the result's file tells.",
+            "where it says failed, one of the two ran out of memory or could not be compiled, as "
+            "the result's file tells.",
             "![Times as long as ours](compound_gpu.png)", speed(found["rows"]),
         ]  # fmt: skip
         picture(found["rows"]).savefig(args.docs / "compound_gpu.png", dpi=120)

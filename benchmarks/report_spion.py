@@ -69,9 +69,9 @@ the sparse one's that of any pattern."""
 LONG = """## Longer sequences
 
 The language model at one size of a step, 32,768 bytes, first seed, on H100s. *Lost* are the bits
-per byte above those of dense attention. Memory is that of a step beside parameters and data, the sparse
-one's by compiling for an H200 without one (`lm_memory.py`; a GPU's compiler said the same at 2,048
-bytes, and .1 % less at 8,192).
+per byte above those of dense attention. Memory is that of a step beside parameters and data, the
+sparse one's by compiling for an H200 without one (`lm_memory.py`; a GPU's compiler said the same at
+2,048 bytes, and .1 % less at 8,192).
 
 ![Milliseconds of a step](spion_lengths.png)"""
 

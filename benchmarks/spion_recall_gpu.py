@@ -9,8 +9,8 @@ first half of a sample holds a table of keys, each followed by a value drawn ane
 anew, and text; in the second half stand, every so many bytes of text, a key and then its value,
 which a causal model writes. Every key is asked for once, so the table alone has its value; who
 knows which values stand there, without their keys, needs 3.78 bits for 16 pairs, and 2.65 who
-strikes out those already given. The table stands in front, so that all samples look at the same blocks; or
-anywhere in the first half, so that what a query needs is nowhere twice. FOLDER holds
+strikes out those already given. The table stands in front, so that all samples look at the same
+blocks; or anywhere in the first half, so that what a query needs is nowhere twice. FOLDER holds
 imdb_{train,test}.jsonl.xz; scores are bits per answer (one of 64 values: 6 by guessing), with a
 minus. Other flags, another --out.
 """
