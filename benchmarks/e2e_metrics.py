@@ -109,8 +109,9 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the E2E files")
     parser.add_argument("--generations", type=Path, default=RESULTS / "finetune_e2e")
+    parser.add_argument("--name", default="e2e_metrics", help="of the result: one for each study")
     args = parser.parse_args()
-    test, done = read_e2e(args.data).test, Rows("e2e_metrics", KEYS, resume=False)
+    test, done = read_e2e(args.data).test, Rows(args.name, KEYS, resume=False)
     used = {name: importlib.metadata.version(name) for name in ("sacrebleu", "pycocoevalcap")}
     for path in sorted(args.generations.glob("*.txt")):
         begin, lines = time.perf_counter(), path.read_text().split("\n")[:-1]
