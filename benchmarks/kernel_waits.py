@@ -24,11 +24,11 @@ TEXT = (
     "tables at a density of 10 %, and dense cuDNN (the run ended before dense attention of 128 "
     "features and compound attention). Shares are of a pipe's peak while the kernel ran; cycles "
     "are what an average warp, the copying ones among them, spends on each reason from one "
-    "instruction to the next. The busiest pipe is at 42 to 60 % with 64 features and at 66 to 83 % with 128: a "
-    "forward warp of 64 features waits 2.2 of 7 cycles for what it loaded or for a barrier, where "
-    "dense attention's waits .5 of 4. A row of 13 tiles costs the time of two to three more, in "
-    "which nothing of its own runs beside its first and last product, and a quarter of the rows "
-    "begin a thread block."
+    "instruction to the next. The busiest pipe is at 42 to 60 % with 64 features and at 66 to 83 "
+    "% with 128: a forward warp of 64 features waits 2.2 of 7 cycles for what it loaded or for a "
+    "barrier, where dense attention's waits .5 of 4. A row of 13 tiles costs the time of two to "
+    "three more, in which nothing of its own runs beside its first and last product, and a "
+    "quarter of the rows begin a thread block."
 )
 
 
