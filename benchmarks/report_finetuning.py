@@ -2,6 +2,7 @@
 
     python benchmarks/finetune_e2e_gpu.py ...              # on a GPU: results/finetune_e2e.json
     uv run python benchmarks/e2e_metrics.py --data FOLDER  # anywhere: results/e2e_metrics.json
+    ...                                     # the same with --name NAME_h200, on another GPU
     python benchmarks/spt_block_gpu.py                     # on a GPU: results/spt_block_gpu.json
     uv run python benchmarks/report_finetuning.py          # anywhere (needs the `plots` extra)
 
@@ -19,6 +20,11 @@ from harness import RESULTS
 from matplotlib.figure import Figure
 from report import DOCS, number, origin, read, table
 
+INTRO = """Written by `benchmarks/report_finetuning.py`; ways and columns are explained in
+`benchmarks/finetune_e2e_gpu.py` and `spt_block_gpu.py`. `x` says how many times as long another way
+takes, `of` the share of its memory; times of different GPUs do not compare.
+
+[What these tables say](finetuning_findings.md)."""
 STRAIGHT_THROUGH = """The same with `coefficient="straight_through"`, which `RoutedFFN` had before
 the gain. It goes wrong as soon as the learning rate is up, with 3 of 4 blocks active as much as
 with 2, and one run met NaN."""
@@ -59,22 +65,21 @@ def spread(values: list[float | None], digits: int) -> str:
 
 def study(ways: dict[str, list[dict]]) -> str:
     """What every way trains and costs."""
-    full = quickest(ways["full"]) if "full" in ways else None
+    times = lambda way, ms: quickest(ways[way]) / ms if way in ways else None
     cells = []
     for way, rows in ways.items():
         take = lambda name, rows=rows: [row.get(name) for row in rows]
         ms, size = quickest(rows), rows[0]["bytes"]
         losses = [row["valid_loss"][-1] for row in rows]
-        faster = None if full is None else full / ms
         cells.append([
             way, str(len(rows)), f"{rows[0]['rate']:g}", spread(take("base"), 3),
             f"{rows[0]['valid_loss'][0]:.3f}",
             spread(losses, 4) + " and NaN" * losses.count(None), f"{rows[0]['trained']:,}",
-            number(ms), number(faster), number(size / 2**20), spread(take("greedy_s"), 2),
-            spread(take("beam_s"), 2),
+            number(ms), number(times("full", ms)), number(times("lora", ms)), number(size / 2**20),
+            spread(take("greedy_s"), 2), spread(take("beam_s"), 2),
         ])  # fmt: skip
     head = ["way", "seeds", "rate", "base", "loss before", "after", "trained", "ms a step",
-            "x full", "MiB", "greedy s", "beam s"]  # fmt: skip
+            "x full", "x lora", "MiB", "greedy s", "beam s"]  # fmt: skip
     return table(head, cells)
 
 
@@ -93,22 +98,22 @@ def quality(ways: dict[str, list[dict]], scores: list[dict]) -> str:
 
 
 def blocks(record: dict) -> str:
-    """One block: milliseconds and memory, and how they stand to full fine-tuning's best."""
+    """One block: milliseconds and memory, and how they stand to those of dense layers."""
+    beside = [(way, kind) for kind in ("materialised", "flash") for way in ("full", "LoRA")]
     cells = []
     for row in record["rows"]:
-        same = [r for r in record["rows"] if all(r.get(x) == row.get(x)
-                                                 for x in ("features", "length"))]  # fmt: skip
-        dense = {r["way"]: r for r in same if r["attention"] == "flash"}
-        ratio = lambda way, key, row=row, dense=dense: (
-            number(dense[way][key] / row[key]) if way in dense else "-"
-        )
+        alike = lambda r, row=row: all(r.get(x) == row.get(x) for x in ("features", "length"))
+        dense = {(r["way"], r["attention"]): r for r in record["rows"] if alike(r)}
+        faster = [number(dense[x]["ms"] / row["ms"]) if x in dense else "-" for x in beside]
+        memory = [f"{100 * row['bytes'] / dense[x]['bytes']:.0f} %" if x in dense else "-"
+                  for x in beside]  # fmt: skip
         cells.append([
             f"{row['features']:,}", f"{row.get('length', 512):,}", row["way"], row["attention"],
-            number(row["ms"]), number(row["bytes"] / 2**20), ratio("full", "ms"),
-            ratio("LoRA", "ms"), ratio("LoRA", "bytes"),
+            number(row["ms"]), *faster, number(row["bytes"] / 2**20), *memory,
         ])  # fmt: skip
-    head = ["features", "length", "way", "attention", "ms", "MiB", "x full, flash",
-            "x LoRA, flash", "x less memory than LoRA, flash"]  # fmt: skip
+    named = [f"{way}, {kind}" for way, kind in beside]
+    head = ["features", "length", "way", "attention", "ms", *(f"x {name}" for name in named),
+            "MiB", *(f"of {name}" for name in named)]  # fmt: skip
     return table(head, cells)
 
 
@@ -131,7 +136,8 @@ def picture(ways: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def of_model(record: dict | None) -> list[str]:
+def of_model(name: str, record: dict | None) -> list[str]:
+    """What the ways began with."""
     if record is None:
         return []
     facts = record["rows"][0]
@@ -140,8 +146,25 @@ def of_model(record: dict | None) -> list[str]:
     return [
         f"The model: {facts['parameters']:,} parameters in {facts['style']}'s style, pre-trained "
         f"for {facts['step']} steps on IMDB reviews ({facts['valid_bits_per_byte']:.3f} bits per "
-        f"byte of held-out ones{speed}): {origin('pretrain_lm', record)}"
+        f"byte of held-out ones{speed}): {origin(name, record)}"
     ]
+
+
+def of_study(name: str, record: dict, scores: tuple[str, dict | None], shown: str) -> list[str]:
+    """A study's picture and tables."""
+    ways = best_rates(record["rows"])
+    bases = sorted({row["base"] for row in record["rows"] if row.get("base")})
+    several = [] if len(bases) < 2 else [
+        "The ways began from models of several pre-trainings, alike but for the bits: "
+        f"{', '.join(f'{x:.3f}' for x in bases)} bits per byte."
+    ]  # fmt: skip
+    named, found = scores
+    written = ["Not scored yet."] if found is None else [
+        origin(named, found), quality(ways, found["rows"])]  # fmt: skip
+    return [
+        *several, origin(name, record), *([shown] if shown else []), study(ways),
+        "### Sentences of the test set", *written,
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -151,27 +174,19 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args()
     found = lambda name: read(name, args.results)
-    record, scores = found(args.name), found("e2e_metrics")
-    text = ["# Fine-tuning", "Written by `benchmarks/report_finetuning.py`; ways and columns are "
-            "explained in `benchmarks/finetune_e2e_gpu.py` and `spt_block_gpu.py`."]  # fmt: skip
-    text += of_model(found("pretrain_lm"))
-    text.append("## E2E: one model, many ways")
-    if record is None:
-        text.append("Not measured yet.")
-    else:
-        ways = best_rates(record["rows"])
-        bases = sorted({row["base"] for row in record["rows"] if row.get("base")})
-        if len(bases) > 1:
-            text.append("The ways began from models of several pre-trainings, alike but for the "
-                        f"bits: {', '.join(f'{x:.3f}' for x in bases)} bits per byte.")  # fmt: skip
-        text += [origin(args.name, record), "![Losses, and loss against time](finetuning.png)",
-                 study(ways)]  # fmt: skip
-        text.append("### Sentences of the test set")
-        text += ["Not scored yet."] if scores is None else [
-            origin("e2e_metrics", scores), quality(ways, scores["rows"])]  # fmt: skip
-        picture(ways).savefig(args.docs / "finetuning.png", dpi=120)
+    text = ["# Fine-tuning", INTRO]
+    for card, title in (("", "E2E: one model, many ways"), ("_h200", "E2E on an H200")):
+        name, scores, model = args.name + card, f"e2e_metrics{card}", f"pretrain_lm{card}"
+        if (record := found(name)) is None:
+            text += [f"## {title}", "Not measured yet."]
+            continue
+        shown = "" if card else "![Losses, and loss against time](finetuning.png)"
+        text += [f"## {title}", *of_model(model, found(model)),
+                 *of_study(name, record, (scores, found(scores)), shown)]  # fmt: skip
+        if shown:
+            picture(best_rates(record["rows"])).savefig(args.docs / "finetuning.png", dpi=120)
     if (before := found("finetune_e2e_straight_through")) is not None:
-        text += ["### With a straight-through coefficient", STRAIGHT_THROUGH,
+        text += ["## E2E with a straight-through coefficient", STRAIGHT_THROUGH,
                  origin("finetune_e2e_straight_through", before),
                  study(best_rates(before["rows"]))]  # fmt: skip
     for name, title in (("spt_block_gpu", "One block, 16 sequences of 512"),
