@@ -82,7 +82,7 @@ def per_col(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def copying(wg, one_warp: bool) -> Callable[[Callable[[], None]], None]:
+def copying(wg, one_warp: bool = False) -> Callable[[Callable[[], None]], None]:
     """Has the copying warpgroup run what this decorates, or one of its warps alone.
 
     A warpgroup gathers its warps before every copy; one warp need not, and leaves more of the

@@ -20,6 +20,7 @@ from sparsax.pallas.hopper import (
     WG_ROWS,
     Ring,
     TensorCores,
+    copying,
     launch,
     multiprocessors,
     tiled,
@@ -95,10 +96,8 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
 
             return lax.fori_loop(0, rounds, go, (read(0), jnp.int32(0)))[1]
 
-        @pl.when(wg == COMPUTE)
+        @copying(wg)
         def copy_tiles():
-            plgpu.set_max_registers(40, action="decrease")
-
             def copy(here, begin):
                 def fill(i, _):
                     slot = ring.slot(begin + i)

@@ -20,6 +20,7 @@ from sparsax.pallas.hopper import (
     WG_ROWS,
     Ring,
     TensorCores,
+    copying,
     full,
     launch,
     per_row,
@@ -52,9 +53,8 @@ def lse_kernel(x: Problem, interpret):
             steps = jnp.minimum(steps, ((row + 1) * ROWS - 1) // tile + 1)
             whole = jnp.minimum(whole, (row * ROWS + 1) // tile)
 
-        @pl.when(wg == COMPUTE)
+        @copying(wg)
         def copy_tiles():
-            plgpu.set_max_registers(40, action="decrease")
             for i in range(COMPUTE):
                 rows = pl.ds(row * ROWS + i * WG_ROWS, WG_ROWS)
                 plgpu.copy_gmem_to_smem(q.at[sample, rows, head], q_smem.at[i], q_bar)

@@ -20,6 +20,7 @@ from sparsax.pallas.hopper import (
     WG_ROWS,
     Ring,
     TensorCores,
+    copying,
     launch,
     multiprocessors,
     per_col,
@@ -61,10 +62,8 @@ def mean_kernel(x: Problem, chunk: int | None, interpret):
             first = (group * per_block + nth) * sharing
             return step // sharing, first + lax.rem(step, jnp.int32(sharing))
 
-        @pl.when(wg == COMPUTE)
+        @copying(wg)
         def copy_tiles():
-            plgpu.set_max_registers(40, action="decrease")
-
             def fill(nth, step):
                 sample, head = where(nth, step)
                 step = nth * steps + step

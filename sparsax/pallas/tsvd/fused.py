@@ -27,6 +27,7 @@ from sparsax.pallas.hopper import (
     WG_ROWS,
     Ring,
     TensorCores,
+    copying,
     launch,
     per_col,
     shared,
@@ -101,10 +102,8 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
         if cluster > 1:
             j += lax.axis_index("cluster")
 
-        @pl.when(wg == COMPUTE)
+        @copying(wg)
         def copy_tiles():
-            plgpu.set_max_registers(40, action="decrease")
-
             def fill(i, _):
                 for chunk in range(chunks):
                     step = i * chunks + chunk

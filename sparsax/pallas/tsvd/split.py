@@ -24,6 +24,7 @@ from sparsax.pallas.hopper import (
     WG_ROWS,
     Ring,
     TensorCores,
+    copying,
     launch,
     multiprocessors,
     shared,
@@ -87,10 +88,8 @@ def _kernel(x, u, v, interpret):
         first = lax.div(split * num_in, jnp.int32(splits))
         count = lax.div((split + 1) * num_in, jnp.int32(splits)) - first  # one at least
 
-        @pl.when(wg == COMPUTE)
+        @copying(wg)
         def copy_tiles():
-            plgpu.set_max_registers(40, action="decrease")
-
             def fill(n, _):
                 for chunk in range(chunks):
                     step, inner = n * chunks + chunk, pl.ds(chunk * DEPTH, DEPTH)
