@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from sparsax.pallas import tsvd
 from sparsax.pallas.block_sparse import attention, deal, schedule
 
 CALL = "jax._src.callback.io_callback_impl"  # private: there is no public way
@@ -33,6 +34,13 @@ def quick_callbacks(monkeypatch):
     number = lambda x: x.item() if isinstance(x, np.ndarray) else to_int(x)
     monkeypatch.setattr(CALL, on_copies)
     monkeypatch.setattr(TO_INT, number)
+
+
+@pytest.fixture(params=["fused", "products"])
+def tsvd_schedule(request, monkeypatch):
+    """The only schedule of products with factors that there is."""
+    monkeypatch.setattr(tsvd, "best_schedule", lambda *_: request.param)
+    return request.param
 
 
 @pytest.fixture

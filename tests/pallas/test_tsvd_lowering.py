@@ -1,0 +1,196 @@
+"""The kernels of tiled factors lower for CUDA without a GPU, and which of them is chosen where."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsax import TiledFactors, pallas, tsvd_matmul
+from sparsax.pallas import tsvd
+from sparsax.pallas.tsvd import products
+from tests.helpers import launched
+from tests.pallas.cases import cells
+from tests.pallas.test_tsvd import CASES
+
+BACKWARD = {"hidden", "dhidden", "dx", "du", "dv"}
+FORWARD = {"fused": {"fused"}, "products": {"hidden", "out"}}
+
+
+def kernels(text):
+    """The names of the kernels in a lowered program."""
+    return set(re.findall(r"tsvd_(\w+?)_mosaic_gpu", text))
+
+
+FITS = list(itertools.product((64, 192, 256, 512), (16, 32, 96, 128), ("bfloat16", "float16")))
+
+
+def lower(size, rank, dtype, rows=200, num_out=5):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
+    u, v = of(3, size, num_out, rank), of(num_out, 3, rank, size)
+    factors = TiledFactors(u, v, pad_in=0, pad_out=0)
+    x, bias = of(rows, 3 * size), of(num_out * size)
+
+    def loss(*a):
+        y = tsvd_matmul(*a, implementation="pallas")
+        return (y.astype(jnp.float32) ** 2).sum()
+
+    with pallas.lowering():
+        step = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, factors, bias)
+        return step.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kept(size, rank, dtype):
+    """Every size with every rank, in one dtype; each size and each rank in both."""
+    in_float16 = (size, rank) in ((64, 128), (192, 16), (256, 96), (512, 32))
+    return in_float16 == (dtype == "float16")
+
+
+@pytest.mark.parametrize(("size", "rank", "dtype"), cells(FITS, kept))
+def test_the_kernels_lower_forward_and_backward(size, rank, dtype):
+    text = lower(size, rank, dtype)
+    # Two forward; x u again, its gradient, dx, du and dv.
+    assert launched(text) == 7
+    assert kernels(text) == FORWARD["products"] | BACKWARD
+
+
+@pytest.mark.parametrize(("size", "rank"), list(itertools.product((64, 256), (64, 128))))
+def test_the_fused_kernel_lowers(size, rank):
+    text = lower(size, rank, "bfloat16", rows=8192, num_out=8)
+    assert launched(text) == 6
+    assert kernels(text) == FORWARD["fused"] | BACKWARD
+
+
+@pytest.mark.parametrize(("size", "rank"), list(itertools.product((128, 256, 512), (16, 96, 128))))
+def test_the_kernel_for_few_rows_lowers(size, rank):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    run = jax.jit(lambda *a: pallas.tsvd_forward(*a, None, activation="relu", schedule="split"))
+    with pallas.lowering():
+        traced = run.trace(of(3, 5 * size), of(5, size, 7, rank), of(7, 5, rank, size))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert kernels(text) == {"split"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "rank", "gradient", "found"),
+    [
+        (4096, 64, False, True), (4095, 64, False, False), (4096, 64, True, False),
+        (4096, 8, False, False),
+    ],
+)  # fmt: skip
+def test_none_runs_the_kernels_where_they_are_faster(rows, rank, gradient, found):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    factors = TiledFactors(of(3, 64, 4, rank), of(4, 3, rank, 64), pad_in=0, pad_out=0)
+
+    def run(x, factors):
+        return tsvd_matmul(x, factors).astype(jnp.float32).sum()
+
+    with pallas.lowering():
+        traced = jax.jit(jax.grad(run) if gradient else run).trace(of(rows, 192), factors)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert bool(kernels(text)) == found
+
+
+# Rows, tile, rank, columns of tiles; the kernels that run forward.
+FEW_CHOSEN = [
+    (1, 256, 16, 16, {"split"}), (16, 256, 64, 16, {"split"}), (17, 256, 64, 16, set()),
+    (16, 256, 80, 16, set()), (16, 512, 64, 16, set()), (16, 256, 64, 15, set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "size", "rank", "num_out", "found"), FEW_CHOSEN)
+def test_none_runs_the_kernel_for_few_rows_where_it_is_faster(rows, size, rank, num_out, found):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    u, v = of(4, size, num_out, rank), of(num_out, 4, rank, size)
+    factors, x = TiledFactors(u, v, pad_in=0, pad_out=0), of(rows, 4 * size)
+
+    def lowered(run, *arrays):
+        with pallas.lowering():
+            traced = jax.jit(run).trace(*arrays)
+            return kernels(traced.lower(lowering_platforms=("cuda",)).as_text())
+
+    assert lowered(tsvd_matmul, x, factors) == found
+    named = lambda *a: tsvd_matmul(*a, implementation="pallas")
+    assert lowered(named, x, factors) == (found or {"hidden", "out"})
+    # Gradients, and a batch of few rows, which is many, are XLA's.
+    squares = lambda *a: (tsvd_matmul(*a).astype(jnp.float32) ** 2).sum()
+    assert not lowered(jax.grad(squares, (0, 1)), x, factors)
+    batched = jax.vmap(tsvd_matmul, (0, None))
+    assert not lowered(batched, of(5, *x.shape), factors)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+def test_activations_lower_in_the_epilogue(activation, tsvd_schedule):
+    x, factors, bias, _ = CASES[0].inputs()
+    with pallas.lowering():
+        run = jax.jit(lambda *a: tsvd_matmul(*a, activation, implementation="pallas"))
+        text = run.trace(x, factors, bias).lower(lowering_platforms=("cuda",)).as_text()
+    assert launched(text) == len(FORWARD[tsvd_schedule])
+    assert kernels(text) == FORWARD[tsvd_schedule]
+    assert not any(
+        name in text for name in ("stablehlo.tanh", "stablehlo.logistic", "stablehlo.maximum")
+    )
+
+
+def over_layers(x, factors):
+    layer = lambda x, f: (x + tsvd_matmul(x, f, implementation="pallas"), None)
+    return jax.lax.scan(jax.checkpoint(layer), x, factors)[0]
+
+
+def sharded(x, factors):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), "rows")
+    spec, none = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
+    one = jax.tree.map(lambda leaf: leaf[0], factors)
+    call = lambda x, f: tsvd_matmul(x, f, implementation="pallas")
+    return jax.shard_map(call, mesh=mesh, in_specs=(spec, none), out_specs=spec)(x, one)
+
+
+def over_factors(x, factors):
+    return jax.vmap(lambda f: tsvd_matmul(x, f, implementation="pallas"))(factors)
+
+
+def test_few_rows_lower_sharded():
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    factors = TiledFactors(of(8, 256, 8, 32), of(8, 8, 32, 256), pad_in=0, pad_out=0)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), "rows")
+    spec, none = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
+    run = jax.shard_map(tsvd_matmul, mesh=mesh, in_specs=(spec, none), out_specs=spec)
+    with pallas.lowering():
+        text = jax.jit(run).trace(of(8, 2048), factors).lower(lowering_platforms=("cuda",))
+    assert kernels(text.as_text()) == {"split"}
+
+
+@pytest.mark.parametrize("model", [over_layers, sharded, over_factors])
+def test_gradients_lower_within_transformations(model, tsvd_schedule):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    factors = TiledFactors(of(3, 2, 128, 2, 32), of(3, 2, 2, 32, 128), pad_in=0, pad_out=0)
+    loss = lambda *a: (model(*a).astype(jnp.float32) ** 2).sum()
+    with pallas.lowering():
+        step = jax.jit(jax.grad(loss, (0, 1))).trace(of(512, 256), factors)
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert kernels(text) == FORWARD[tsvd_schedule] | BACKWARD
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_out", "rank", "columns", "schedule"),
+    [(8192, 16, 64, 256, "fused"), (8192, 16, 32, 256, "products"), (64, 16, 64, 256, "products"),
+     (8192, 16, 64, 512, "products"), (8192, 16, 48, 256, "products"),
+     # Of 6 outputs two thread blocks share copies of x, of 43 none do.
+     (8192, 6, 64, 256, "products"), (8192, 6, 128, 256, "fused"),
+     (8192, 43, 64, 256, "products"), (8192, 43, 128, 256, "products")],
+)  # fmt: skip
+def test_the_schedule_that_reads_less_is_chosen(rows, num_out, rank, columns, schedule):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    u, v = of(16, 256, num_out, rank), of(num_out, 16, rank, columns)
+    assert tsvd.best_schedule(rows, u, v) == schedule
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "columns", "wanted"),
+    [(16, 8192, 512, (256, 2)), (16, 16, 512, (64, 1)), (4, 1024, 320, (64, 2)),
+     (1, 128, 64, (64, 1)), (16, 8192, 192, (64, 2)), (3, 384, 256, (64, 1))],
+)  # fmt: skip
+def test_tiles_are_wide_where_there_are_enough(batch, rows, columns, wanted):
+    assert products.tiles(batch, rows, columns) == wanted
