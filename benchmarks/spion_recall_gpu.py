@@ -1,6 +1,6 @@
 """SPION on retrieval: a table of keys and values in the text, which questions ask for later.
 
-    python benchmarks/spion_recall_gpu.py --data FOLDER --out FOLDER --text 1 --pairs 16
+    python benchmarks/spion_recall_gpu.py --data FOLDER --out FOLDER
     python benchmarks/spion_recall_gpu.py --data FOLDER --out FOLDER --table anywhere
     python benchmarks/spion_recall_gpu.py --data FOLDER --out FOLDER --quick
 
@@ -88,14 +88,14 @@ def measure(pairs: int, model, batch):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", choices=["front", "anywhere"], default="front")
-    parser.add_argument("--pairs", type=int, help="of the table; one for 16 tokens of a half")
-    parser.add_argument("--text", type=float, default=0.0, help="weight of all tokens in the loss")
+    parser.add_argument("--pairs", type=int, help="of the table; 16 at full length")
+    parser.add_argument("--text", type=float, default=1.0, help="weight of all tokens in the loss")
 
 
 def main() -> None:
     args = parse(__doc__, add_flags)
     size = (QUICK if args.quick else LOOKUP).changed_by(args)
-    anywhere, pairs = args.table == "anywhere", args.pairs or size.length // 32
+    anywhere, pairs = args.table == "anywhere", args.pairs or size.length // 128
     if not 0 < pairs <= KINDS or size.length // 2 % pairs:
         raise SystemExit(f"--pairs is at most {KINDS} and divides {size.length // 2}; got {pairs}")
     task = language(
