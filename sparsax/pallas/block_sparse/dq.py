@@ -67,11 +67,52 @@ def dq_kernel(
             order = Turns(turn_bars, wg)
             order.open()
 
+            def write(place, acc, poison=0.0, out=None):
+                """A row's gradients; `place`: its row tile, sample, head and part."""
+                row, sample, head, part = place
+                result = acc * x.scale + poison
+
+                def write_whole():
+                    space = dq_smem.at[wg] if out is None else out
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    space[...] = result.astype(x.dtype)
+                    plgpu.commit_smem()
+                    dq.at(row * ROWS + wg * WG_ROWS, lambda ref, first: plgpu.copy_smem_to_gmem(
+                        space, ref.at[sample, pl.ds(first, WG_ROWS), head]
+                    ))  # fmt: skip
+
+                def write_part():
+                    parts[0].at[part, 0, pl.ds(wg * WG_ROWS, WG_ROWS)][...] = result
+
+                @pl.when(row >= 0)
+                def _():
+                    if parts:
+                        pl.when(part >= 0)(write_part)
+                    pl.when(part < 0)(write_whole)
+
+            none = zeros((WG_ROWS, x.H), MATRIX)
+            # Of the row before: its place, sum and last tile's share, still to be added.
+            nothing_owed = (
+                (jnp.int32(-1),) * 4,
+                (none, plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX)),
+            )
+
+            def owed(sums, step):  # the product that adds a tile's share to dQ
+                acc, ds = sums
+                return acc, ds, k_smem.at[k_ring.slot(step)]
+
+            def settle(sums, end):
+                acc = cores.start([owed(sums, end)], lambda get: get())
+                cores.release(k_ring, end)
+                return acc
+
             def differentiate(work: QueryTile, carry):
-                done, begun = carry
+                done, begun, *held = carry
+                owner, owed_sums = held or nothing_owed
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
                 steps, place = work.steps, q_ring.slot(done)
                 queries, cotangents = q_smem.at[place, wg], do_smem.at[place, wg]
+                mine = work.row, work.sample, work.head, work.part
                 first_row = jnp.maximum(work.row, 0) * ROWS + wg * WG_ROWS
                 rows = pl.ds(first_row, WG_ROWS)
                 of_rows = lambda ref: plgpu.load(
@@ -85,96 +126,89 @@ def dq_kernel(
                     v_ring.wait(step)
                     turned = lambda smem, ring: smem.at[ring.slot(step)].transpose((1, 0))
                     scores = None, queries, turned(k_smem, k_ring)
-                    return scores, (None, cotangents, turned(v_smem, v_ring))
+                    return [scores, (None, cotangents, turned(v_smem, v_ring))]
 
-                def probabilities(get_s, step, found):
+                def share(get_s, get_dp, step, found):
                     slot = k_ring.slot(step)
                     ids = None if found is None else read(slot)  # while the product runs
                     s = get_s()
                     weights = jnp.exp2(s * gain - per_row(row_lse, s.shape))
-                    return weights if found is None else keep(weights, 0.0, found, ids, slot)
-
-                def logit_gradients(weights, dp, step):
+                    if found is not None:
+                        weights = keep(weights, 0.0, found, ids, slot)
+                    dp = get_dp()
                     cores.release(v_ring, step)
                     return weights * (dp - per_row(row_delta, dp.shape))
 
-                def owed(carry, step):  # the product that adds a tile's share to dQ
-                    acc, ds = carry
-                    return acc, ds, k_smem.at[k_ring.slot(step)]
-
-                def first(carry):
+                def begin(late: bool):
                     found = find(work.first) if masked else None
 
-                    def then(get_s, get_dp):
-                        weights = probabilities(get_s, begun, found)
-                        return logit_gradients(weights, get_dp(), begun).astype(x.dtype)
+                    def then(get_s, get_dp, get_acc=None):
+                        ds = share(get_s, get_dp, begun, found)
+                        settled = none
+                        if get_acc is not None:
+                            settled = get_acc()
+                            cores.release(k_ring, begun - 1)
+                        return settled, (none, ds.astype(x.dtype))
 
-                    started = [*products(begun)]
+                    started = products(begun)
+                    if late:
+                        started.append(owed(owed_sums, begun - 1))
                     order.take()
-                    return carry[0], cores.start(started, then, order.give)
+                    settled, sums = cores.start(started, then, order.give)
+                    return owner if late else nothing_owed[0], settled, sums
 
-                def advance(t, found, carry):
+                def advance(t, found, sums):
                     step = begun + t - work.first
-                    scores, dps = products(step)
 
                     def then(get_s, get_dp, get_acc):
-                        weights = probabilities(get_s, step, found)
-                        ds = logit_gradients(weights, get_dp(), step)
+                        ds = share(get_s, get_dp, step, found)
                         acc = get_acc()
                         cores.release(k_ring, step - 1)
                         # Rounded no sooner: the registers were feeding the product just awaited.
                         return acc, ds.astype(x.dtype)
 
+                    started = [*products(step), owed(sums, step - 1)]
                     order.take()
-                    return cores.start([scores, dps, owed(carry, step - 1)], then, order.give)
-
-                def last(carry):
-                    end = begun + steps - 1
-                    acc = cores.start([owed(carry, end)], lambda get: get())
-                    cores.release(k_ring, end)
-                    return acc, carry[1]
+                    return cores.start(started, then, order.give)
 
                 @pl.when(work.there)
                 def _():
                     q_ring.wait(done)
 
-                none = plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX)
-                carry = zeros((WG_ROWS, x.H), MATRIX), none
-                carry = lax.cond(steps > 0, first, lambda carry: carry, carry)
-                carry = stream.walk(
+                if roomy:
+                    either = lambda: lax.cond(owner[0] >= 0, lambda: begin(True), lambda: begin(False))
+                    empty = lambda: (mine, none, owed_sums)
+                    whose, settled, sums = lax.cond(steps > 0, either, empty)
+                    write(whose, settled, jnp.where(steps > 0, 0.0, poison))
+                else:
+                    fresh = lambda: nothing_owed[1]
+                    sums = lax.cond(steps > 0, lambda: begin(False)[2], fresh)
+                sums = stream.walk(
                     work.full, work.last, columns, find if masked else None, work.first + 1,
-                    advance, carry,
+                    advance, sums,
                 )  # fmt: skip
                 if roomy:
                     pl.when(work.there)(lambda: q_ring.release(done))
-                acc, _ = lax.cond(steps > 0, last, lambda carry: carry, carry)
+                    owner = tuple(jnp.where(steps > 0, a, b) for a, b in zip(mine, owner, strict=True))
+                    held = owner, sums
+                else:
+                    end = begun + steps - 1
+                    settled = lax.cond(steps > 0, lambda: settle(sums, end), lambda: sums[0])
+                    write(mine, settled, poison, queries)
 
-                result = acc * x.scale + poison
-
-                def write():
-                    out = dq_smem.at[wg] if roomy else queries
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out[...] = result.astype(x.dtype)
-                    plgpu.commit_smem()
-                    dq.at(first_row, lambda ref, first: plgpu.copy_smem_to_gmem(
-                        out, ref.at[work.sample, pl.ds(first, WG_ROWS), work.head]
-                    ))  # fmt: skip
-
-                def write_part():
-                    parts[0].at[work.part, 0, pl.ds(wg * WG_ROWS, WG_ROWS)][...] = result
-
-                @pl.when(work.there)
-                def _():
-                    if parts:
-                        pl.when(work.part >= 0)(write_part)
-                    pl.when(work.part < 0)(write)
-                    if not roomy:
+                    @pl.when(work.there)
+                    def _():
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         q_ring.release(done)
 
-                return done + jnp.where(work.there, 1, 0), begun + steps
+                return done + jnp.where(work.there, 1, 0), begun + steps, *held
 
-            tiles.each(differentiate, (jnp.int32(0), jnp.int32(0)))
+            start = jnp.int32(0), jnp.int32(0), *(nothing_owed if roomy else ())
+            _, begun, *held = tiles.each(differentiate, start)
+            if roomy:
+                owner, sums = held
+                there = owner[0] >= 0
+                write(owner, lax.cond(there, lambda: settle(sums, begun - 1), lambda: none))
             order.close()
             plgpu.wait_smem_to_gmem(0)
 

@@ -81,10 +81,64 @@ def forward_kernel(
                 total = total * decay + fold(jnp.add, weights).sum(axis=1)
                 return weights, new_top, total, decay
 
+            def write(place, acc, top, total, poison=0.0, out=None):
+                """A row's results; `place`: its row tile, sample, head and part."""
+                row, sample, head, part = place
+                empty = total == 0.0
+                positive = jnp.where(empty, 1.0, total)
+                result = acc / per_row(positive, acc.shape) + poison
+                log_total = jnp.where(empty, -jnp.inf, top + jnp.log2(positive)) + poison
+
+                def write_whole():
+                    space = o_smem.at[wg] if out is None else out
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    space[...] = result.astype(x.dtype)
+                    lse_smem.at[wg][...] = log_total
+                    plgpu.commit_smem()
+                    first = row * ROWS + wg * WG_ROWS
+                    rows = lambda first: pl.ds(first, WG_ROWS)
+                    o.at(first, lambda ref, first: plgpu.copy_smem_to_gmem(
+                        space, ref.at[sample, rows(first), head]
+                    ))  # fmt: skip
+                    of_rows = lse.at[sample, head, rows(first)]
+                    plgpu.copy_smem_to_gmem(lse_smem.at[wg], of_rows)
+
+                def write_part():
+                    rows = pl.ds(wg * WG_ROWS, WG_ROWS)
+                    parts[0].at[part, 0, rows][...] = result
+                    parts[1].at[part, rows][...] = log_total
+
+                @pl.when(row >= 0)
+                def _():
+                    if parts:
+                        pl.when(part >= 0)(write_part)
+                    pl.when(part < 0)(write_whole)
+
+            none = (
+                zeros((WG_ROWS, x.H), MATRIX), full((WG_ROWS,), LOWEST, ROW), zeros((WG_ROWS,), ROW)
+            )  # fmt: skip
+            # Of the row before: its place, sums and last weights, whose product is still to come.
+            nothing_owed = (
+                (jnp.int32(-1),) * 4,
+                (*none, plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX)),
+            )
+
+            def values(weights, acc, step):
+                v_ring.wait(step)
+                return acc, weights, v_smem.at[v_ring.slot(step)]
+
+            def settle(sums, end):
+                acc, top, total, weights = sums
+                acc = cores.start([values(weights, acc, end)], lambda get: get())
+                cores.release(v_ring, end)
+                return acc, top, total
+
             def attend(work: QueryTile, carry):
-                done, begun = carry
+                done, begun, *held = carry
+                owner, owed_sums = held or nothing_owed
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
                 steps, queries = work.steps, q_smem.at[q_ring.slot(done), wg]
+                mine = work.row, work.sample, work.head, work.part
                 # With other features, the assembler spills without the branch that this asks for.
                 find, read, keep = tiles.mask(work, wg, ids_smem, of_whole=x.H != 64)
 
@@ -92,27 +146,30 @@ def forward_kernel(
                     k_ring.wait(step)
                     return None, queries, k_smem.at[k_ring.slot(step)].transpose((1, 0))
 
-                def values(weights, acc, step):
-                    v_ring.wait(step)
-                    return acc, weights, v_smem.at[v_ring.slot(step)]
-
-                def first(carry):
-                    acc, top, total, _ = carry
+                def begin(owed: bool):
+                    acc, old_top, old_total, weights = owed_sums
                     found = find(work.first) if masked else None
 
-                    def then(get):
+                    def then(get, get_acc=None):
                         s = get() if gain == scale else get() * scale
                         if found is not None:
                             unmasked = columns.full_tiles(work.full) > work.first
                             mask = lambda s: keep(s, -jnp.inf, found, None, k_ring.slot(begun))
                             s = lax.cond(unmasked, lambda s: s, mask, s)
                         cores.release(k_ring, begun)
-                        return softmax(s, top, total)
+                        new_weights, top, total, _ = softmax(s, *none[1:])
+                        settled = none
+                        if get_acc is not None:
+                            settled = get_acc(), old_top, old_total
+                            cores.release(v_ring, begun - 1)
+                        return settled, (none[0], top, total, new_weights.astype(x.dtype))
 
-                    product = scores(begun)
+                    products = [scores(begun)]
+                    if owed:
+                        products.append(values(weights, acc, begun - 1))
                     order.take()
-                    weights, top, total, _ = cores.start([product], then, order.give)
-                    return acc, top, total, weights.astype(x.dtype)
+                    settled, started = cores.start(products, then, order.give)
+                    return owner if owed else nothing_owed[0], settled, started
 
                 def advance(t, found, carry):
                     acc, top, total, weights = carry
@@ -136,67 +193,44 @@ def forward_kernel(
                     order.take()
                     return cores.start(products, then, order.give)
 
-                def last(carry):
-                    acc, top, total, weights = carry
-                    end = begun + steps - 1
-                    acc = cores.start([values(weights, acc, end)], lambda get: get())
-                    cores.release(v_ring, end)
-                    return acc, top, total, weights
-
                 @pl.when(work.there)
                 def _():
                     q_ring.wait(done)
 
-                carry = (
-                    zeros((WG_ROWS, x.H), MATRIX), full((WG_ROWS,), LOWEST, ROW),
-                    zeros((WG_ROWS,), ROW),
-                    plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX),
-                )  # fmt: skip
-                carry = lax.cond(steps > 0, first, lambda carry: carry, carry)
-                carry = stream.walk(
+                if roomy:
+                    either = lambda: lax.cond(owner[0] >= 0, lambda: begin(True), lambda: begin(False))
+                    empty = lambda: (mine, none, owed_sums)
+                    whose, settled, sums = lax.cond(steps > 0, either, empty)
+                    write(whose, *settled, jnp.where(steps > 0, 0.0, poison))
+                else:
+                    fresh = lambda: nothing_owed[1]
+                    sums = lax.cond(steps > 0, lambda: begin(False)[2], fresh)
+                sums = stream.walk(
                     work.full, work.last, columns, find if masked else None, work.first + 1,
-                    advance, carry,
+                    advance, sums,
                 )  # fmt: skip
                 if roomy:
                     pl.when(work.there)(lambda: q_ring.release(done))
-                acc, top, total, _ = lax.cond(steps > 0, last, lambda carry: carry, carry)
+                    owner = tuple(jnp.where(steps > 0, a, b) for a, b in zip(mine, owner, strict=True))
+                    held = owner, sums
+                else:
+                    end = begun + steps - 1
+                    settled = lax.cond(steps > 0, lambda: settle(sums, end), lambda: sums[:3])
+                    write(mine, *settled, poison, queries)
 
-                empty = total == 0.0
-                positive = jnp.where(empty, 1.0, total)
-                result = acc / per_row(positive, acc.shape) + poison
-                log_total = jnp.where(empty, -jnp.inf, top + jnp.log2(positive)) + poison
-
-                def write():
-                    out = o_smem.at[wg] if roomy else queries
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out[...] = result.astype(x.dtype)
-                    lse_smem.at[wg][...] = log_total
-                    plgpu.commit_smem()
-                    first = work.row * ROWS + wg * WG_ROWS
-                    rows = lambda first: pl.ds(first, WG_ROWS)
-                    o.at(first, lambda ref, first: plgpu.copy_smem_to_gmem(
-                        out, ref.at[work.sample, rows(first), work.head]
-                    ))  # fmt: skip
-                    of_rows = lse.at[work.sample, work.head, rows(first)]
-                    plgpu.copy_smem_to_gmem(lse_smem.at[wg], of_rows)
-
-                def write_part():
-                    rows = pl.ds(wg * WG_ROWS, WG_ROWS)
-                    parts[0].at[work.part, 0, rows][...] = result
-                    parts[1].at[work.part, rows][...] = log_total
-
-                @pl.when(work.there)
-                def _():
-                    if parts:
-                        pl.when(work.part >= 0)(write_part)
-                    pl.when(work.part < 0)(write)
-                    if not roomy:
+                    @pl.when(work.there)
+                    def _():
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         q_ring.release(done)
 
-                return done + jnp.where(work.there, 1, 0), begun + steps
+                return done + jnp.where(work.there, 1, 0), begun + steps, *held
 
-            tiles.each(attend, (jnp.int32(0), jnp.int32(0)))
+            start = jnp.int32(0), jnp.int32(0), *(nothing_owed if roomy else ())
+            _, begun, *held = tiles.each(attend, start)
+            if roomy:
+                owner, sums = held
+                owed = owner[0] >= 0
+                write(owner, *lax.cond(owed, lambda: settle(sums, begun - 1), lambda: none))
             order.close()
             plgpu.wait_smem_to_gmem(0)
 
