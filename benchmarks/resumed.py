@@ -1,6 +1,7 @@
 """Results that a stopped run loses nothing of: what is measured is saved at once."""
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -132,3 +133,16 @@ def turns(name: str) -> FileLock:
 def turns_on_gpu() -> FileLock:
     """The lock of the GPUs that this process sees, for what is timed."""
     return turns(f"gpu {os.environ.get('CUDA_VISIBLE_DEVICES', '0').replace('/', '-')}")
+
+
+@contextlib.contextmanager
+def gpu(*, alone: bool):
+    """Has the GPU that this process sees alone, to time, or together with others, to compile.
+
+    Compiling uses the GPU too: XLA tries algorithms there. So whoever times waits until nobody
+    compiles.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").replace("/", "-")
+    with (Path(tempfile.gettempdir()) / f"sparsax.compiling {visible}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield  # closing the file gives the lock back

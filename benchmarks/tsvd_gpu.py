@@ -1,6 +1,8 @@
 """Products with factored matrices on this machine's GPU against the dense one, in one run.
 
     python benchmarks/tsvd_gpu.py              # --quick: two layers, few rows; --resume: go on
+    python benchmarks/tsvd_gpu.py --layers "gpt2-m up" --beside &    # of others on the same GPU,
+    python benchmarks/tsvd_gpu.py --layers "gpt2-m down" --beside    # which compile meanwhile
 
 bfloat16, random factors, the layers of GPT-2 and Llama-7B. Beside the dense matmul (cuBLAS): plain
 SVD of equal budget, two dense matmuls; TSVD through XLA and through the Hopper kernels, two batched
@@ -12,6 +14,7 @@ compared with those of the portable implementation first.
 """
 
 import argparse
+import contextlib
 import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +23,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from gpu import milliseconds, repeated
-from resumed import Rows
+from resumed import Rows, gpu
 
 import sparsax
 from sparsax import CommonFactors, TiledFactors, pallas
@@ -213,24 +216,27 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--beside", action="store_true", help="of others like it: take turns")
     parser.add_argument("--name", default="tsvd_gpu", help="of the result")
     args = parser.parse_args()
     args.kernels = pallas.on_hopper()
     if args.quick:
         args.layers, args.rows, args.tiles = QUICK, [16, 8192], [256, 512]
-    done = Rows(args.name, ("layer", "rows", "ratio"), resume=args.resume)
+    done = Rows(args.name, ("layer", "rows", "ratio"), resume=args.resume, beside=args.beside)
+    turn = gpu if args.beside else lambda *, alone: contextlib.nullcontext()
     for layer, rows in itertools.product(args.layers, args.rows):
         begin, missing = time.perf_counter(), {}
-        with ThreadPoolExecutor() as pool:  # all are compiled before any is timed
+        with turn(alone=False), ThreadPoolExecutor() as pool:  # all are compiled before any runs
             for ratio in args.ratios:
                 if not done.has(layer=layer, rows=rows, ratio=ratio):
                     missing[ratio] = start(pool, args, layer, rows, ratio)
-        for ratio, parts in missing.items():
-            row = {"layer": layer, "rows": rows, "ratio": ratio, "features": SHAPES[layer]}
-            for part, measured in parts.items():  # errors first
-                row[part] = {name: measure() for name, measure in measured.items()}
-            show(done.add(begin, row))
-            begin = time.perf_counter()
+        with turn(alone=True):
+            for ratio, parts in missing.items():
+                row = {"layer": layer, "rows": rows, "ratio": ratio, "features": SHAPES[layer]}
+                for part, measured in parts.items():  # errors first
+                    row[part] = {name: measure() for name, measure in measured.items()}
+                show(done.add(begin, row))
+                begin = time.perf_counter()
 
 
 if __name__ == "__main__":
