@@ -17,7 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-COMPUTE = 2  # warpgroups that multiply
+COMPUTE = 2  # warpgroups that multiply; a team of them shares tiles
+REGISTERS = {1: (40, 232), 2: (24, 112)}  # by teams: of a thread that copies, of one that computes
 WG_ROWS = 64  # rows of one of them
 ACC = plgpu.WGMMAAccumulatorRef
 LOG2E = math.log2(math.e)
@@ -82,21 +83,21 @@ def per_col(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def copying(wg, one_warp: bool = False) -> Callable[[Callable[[], None]], None]:
-    """Has the copying warpgroup run what this decorates, or one of its warps alone.
+def copying(wg, one_warp: bool = False, teams: int = 1) -> Callable[[Callable[[Any], None]], None]:
+    """Has the copying warpgroup run what this decorates, of a team; or one of its warps for each.
 
     A warpgroup gathers its warps before every copy; one warp need not, and leaves more of the
     issue slots to the warpgroups that compute.
     """
 
     def decorate(copy):
-        @pl.when(wg == COMPUTE)
+        @pl.when(wg == teams * COMPUTE)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(REGISTERS[teams][0], action="decrease")
             if one_warp:
-                plgpu.warp_map(lambda warp: pl.when(warp == 0)(copy))
+                plgpu.warp_map(lambda warp: pl.when(warp < teams)(lambda: copy(warp)))
             else:
-                copy()
+                copy(0)
 
     return decorate
 
@@ -107,6 +108,7 @@ class Ring:
 
     bars: tuple[Any, Any]  # barriers of filled and of emptied slots, one per slot each
     slots: int
+    first: Any = 0  # slot, where several rings share an array
 
     @property
     def filled(self) -> Any:
@@ -128,7 +130,7 @@ class Ring:
 
     def slot(self, step):
         """The slot that a step uses."""
-        return lax.rem(step, jnp.int32(self.slots))
+        return self.first + lax.rem(step, jnp.int32(self.slots))
 
     def reserve(self, step) -> None:
         """Waits until the slot of this step may be overwritten."""
@@ -163,7 +165,7 @@ class Turns:
     FlashAttention-3, section 3.1). Every warpgroup must take the same number of turns.
     """
 
-    barriers: Any  # one per warpgroup; None to let them run as they may
+    barriers: Any  # one per warpgroup of a team; None to let them run as they may
     wg: Any
 
     @staticmethod
@@ -328,11 +330,13 @@ def _dot(acc, a, b):
 
 
 def launch(
-    kernel, name: str, thread_blocks: int, out_type, interpret, *, cluster: int = 1, **scratch
+    kernel, name: str, thread_blocks: int, out_type, interpret, *, cluster: int = 1, teams: int = 1,
+    one_warp: bool = False, **scratch,
 ):  # fmt: skip
     """The kernel as a function of its operands, on `thread_blocks` along the axis "item".
 
-    With a cluster, so many thread blocks each, along the axis "cluster".
+    With a cluster, so many thread blocks each, along the axis "cluster". `one_warp`: as `copying`
+    has it.
     """
     clusters = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
     return plgpu.kernel(
@@ -341,10 +345,15 @@ def launch(
         scratch_types=scratch,
         grid=(thread_blocks,),
         grid_names=("item",),
-        num_threads=COMPUTE + 1,
+        num_threads=teams * COMPUTE + 1,
         thread_name="wg",
         kernel_name=name,
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Pallas gathers the warps of a warpgroup around whatever touches shared memory, to be safe.
+        # These kernels say where it matters: they write to it between `wait_smem_to_gmem` and
+        # `commit_smem`, which gather the warps, and read what copies bring after waiting for a
+        # barrier that no copy passes before all threads have arrived at another. Four warps that
+        # copy would drift apart without.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=one_warp),
         **clusters,
     )

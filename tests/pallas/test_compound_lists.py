@@ -115,7 +115,7 @@ def work_of(c, keys_in_rows):
     make = key_lists if keys_in_rows else query_lists
     count = jax.jit(lambda pattern: make(Keys(x, pattern)).count)(pattern)
     listed = units(np.maximum(np.asarray(count), 0), x.block_q if keys_in_rows else x.block_kv)
-    return expected_work(x, pattern, keys_in_rows), listed.sum(-1)
+    return expected_work(x, pattern, keys_in_rows), listed
 
 
 @pytest.mark.parametrize("keys_in_rows", [False, True])
@@ -124,8 +124,7 @@ def work_of(c, keys_in_rows):
 )
 def test_expected_work_of_bands_is_in_the_lists(name, keys_in_rows):
     expected, listed = work_of(case(name), keys_in_rows)
-    packed = case(name).pattern().columns.shape[-1]
-    assert expected.longest_last
+    packed, listed = case(name).pattern().columns.shape[-1], listed.sum(-1)
     assert expected.units > 0
     assert (expected.units == listed).all() if packed == 0 else (expected.units < listed).all()
 
@@ -133,8 +132,9 @@ def test_expected_work_of_bands_is_in_the_lists(name, keys_in_rows):
 @pytest.mark.parametrize("keys_in_rows", [False, True])
 def test_expected_work_of_blocks_is_that_of_full_lists(keys_in_rows):
     expected, listed = work_of(case("bigbird"), keys_in_rows)
+    listed = listed.sum(-1)
     assert listed.max() / 2 < expected.units < 2 * listed.max()
-    assert not expected.longest_last
+    assert not expected.of_rows
 
 
 def test_no_work_is_expected_where_only_data_says():
@@ -142,15 +142,21 @@ def test_no_work_is_expected_where_only_data_says():
         assert work_of(case(name), keys_in_rows)[0].units == 0
 
 
+@pytest.mark.parametrize("keys_in_rows", [False, True])
 @pytest.mark.parametrize(
-    ("name", "by_query", "by_key"),
-    [("rows", True, True), ("rows_causal", True, False), ("longformer_padded_own", False, False)],
+    "name", ["window", "window_causal", "vertical_slash", "rows", "rows_causal", "longformer"]
 )
-def test_the_longest_lists_stand_last_but_for_padding_and_keys_of_global_rows(
-    name, by_query, by_key
-):
-    found = [work_of(case(name), keys_in_rows)[0] for keys_in_rows in (False, True)]
-    assert [x.longest_last for x in found] == [by_query, by_key]
+def test_the_work_of_rows_is_known_beforehand(name, keys_in_rows):
+    expected, listed = work_of(case(name), keys_in_rows)
+    of_rows = np.array(expected.of_rows)
+    assert of_rows.shape == listed.shape[1:]
+    assert (of_rows >= listed).all()  # of a causal pattern, or one with columns to spare, more
+    if not case(name).pattern().causal:
+        assert (of_rows <= listed.max(0) + 1).all()
+
+
+def test_padding_leaves_the_work_of_rows_unknown():
+    assert not work_of(case("longformer_padded_own"), False)[0].of_rows
 
 
 @pytest.mark.parametrize("name", ["longformer", "longformer_whole_tiles", "rows_own_padded"])

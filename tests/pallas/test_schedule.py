@@ -12,7 +12,7 @@ import sparsax
 from sparsax import pallas
 from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse.deal import LEAST, deal
-from sparsax.pallas.block_sparse.schedule import PIECES, Expected, Schedule
+from sparsax.pallas.block_sparse.schedule import OF_ROW, PIECES, Expected, Schedule
 from sparsax.pallas.block_sparse.tiles import ROWS, Bounds, tile_lists
 from sparsax.pallas.hopper import multiprocessors
 
@@ -65,8 +65,8 @@ def table_of(plan, work, *extra):
 
 
 def item_of(plan, table, block, slot=0, extra=()):
-    added = np.int32(0) if table is None else table[0]
-    return plan.item(*plan.read(np.int32(block), np.int32(slot), table, added, extra))
+    added = table[0]
+    return plan.item(*plan.read(np.int32(block), np.int32(slot), None, table, added, extra))
 
 
 works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=20)
@@ -165,7 +165,7 @@ def test_more_rows_than_registers_hold(monkeypatch):
 def test_thread_blocks_that_stay_do_most_and_the_rest_is_done_one_by_one():
     plan = Schedule(16, 128, 1, 31)
     blocks = multiprocessors()
-    assert (plan.staying, plan.dealt) == (blocks, 3 * 2048 // (4 * blocks))
+    assert (plan.staying, plan.dealt) == (blocks, 9 * 2048 // (10 * blocks))
     assert plan.thread_blocks == blocks + 2048 - plan.dealt * blocks
     assert plan.left == 1
     assert Schedule(1, 8, 1, 8).staying == 0
@@ -187,29 +187,35 @@ def test_no_row_is_cut_that_the_expected_work_outlasts():
     assert (whole.extra, whole.parts) == (0, 0)
 
 
-@pytest.mark.parametrize("longest", [9, 400])
-def test_rows_whose_last_are_the_longest_are_done_in_order_without_a_table(longest):
-    owners, tiles, copies = 3, 20, 11
-    plan = Schedule(owners, tiles, copies, longest, Expected(longest * multiprocessors(), True))
+@pytest.mark.parametrize("teams", [1, 2])
+@pytest.mark.parametrize("copies", [1, 11])
+def test_rows_of_known_work_are_dealt_beforehand_and_evenly(copies, teams):
+    owners, of_rows = 3, (1, 2, 2, 40, 5) * 4
+    tiles, longest = len(of_rows), max(of_rows)
+    expected = Expected(longest * multiprocessors(), of_rows)
+    plan = Schedule(owners, tiles, copies, longest, expected, teams)
     count = np.arange(owners * tiles, dtype=np.int32).reshape(owners, tiles)
-    assert deal(plan, jnp.asarray(count), interpret=None) == (None, None)
-    items = [
-        item_of(plan, None, block, slot, (count,))
-        for block in range(plan.thread_blocks)
-        for slot in range(max(plan.dealt, plan.left) + 1)
-    ]
-    done = [
-        (int(item.owner), int(item.row), int(item.copy)) for item in items if int(item.row) >= 0
-    ]
-    assert sorted(done) == list(itertools.product(range(owners), range(tiles), range(copies)))
-    assert {row for _, row, _ in done[: plan.dealt]} != {0}
-    first = [item_of(plan, None, block, 0, (count,)) for block in range(owners * copies)]
-    assert {int(item.row) for item in first} == {tiles - 1}
-    for item in items:
-        if int(item.row) >= 0:
+    table, splits = deal(plan, jnp.asarray(count), interpret=None)
+    assert splits is None
+    table, done, busy = np.asarray(table), [], []
+    for team in range(plan.thread_blocks * teams):
+        looked = [plan.look(team, slot, table) for slot in range(plan.dealt + 2)]
+        items = [
+            plan.item(*plan.read(team, slot, seen, table, None, (count,)))
+            for slot, seen in enumerate(looked)
+        ]
+        there = [item for item in items if int(item.row) >= 0]
+        work = [of_rows[int(item.row)] for item in there]
+        assert work == sorted(work, reverse=True)
+        busy.append(sum(work) + OF_ROW * len(work))
+        for item in there:
             assert (int(item.first), int(item.last), int(item.part)) == (0, longest, -1)
             assert int(item.extra[0]) == int(item.owner) * tiles + int(item.row)
+            done.append((int(item.owner), int(item.row), int(item.copy)))
+    assert sorted(done) == list(itertools.product(range(owners), range(tiles), range(copies)))
+    even = (owners * copies * (sum(of_rows) + OF_ROW * tiles)) / (multiprocessors() * teams)
+    assert max(busy) <= max(longest + OF_ROW, even + longest / 2)
 
 
 def test_rows_that_are_cut_want_a_table():
-    assert not Schedule(1, 33, 32, 32, Expected(0, True)).in_order
+    assert not Schedule(1, 33, 32, 32, Expected(0, (1,) * 33)).beforehand

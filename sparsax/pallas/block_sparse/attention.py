@@ -143,7 +143,9 @@ def _of_keys(
     queries = problem.N // max(problem.P, problem.K)  # heads of a kv head that walk one list
     longest = queries * work.shape[1] * units(lists.cols.shape[-1], problem.block_q)
     copies = problem.B // samples * (problem.K // owners)
-    expected = expected._replace(units=expected.units * queries * work.shape[1])
+    lists_of_row = queries * work.shape[1]
+    of_rows = tuple(each * lists_of_row for each in expected.of_rows)
+    expected = Expected(expected.units * lists_of_row, of_rows)
     schedule = Schedule(samples * owners, rows, copies, longest, expected)
     table, splits = deal(schedule, queries * work.sum(1), interpret=interpret)
     operands = *_operands(lists, table, ids), *arrays
@@ -217,8 +219,7 @@ def _behind(vectors, fill: float):
 
 
 def _operands(lists, table, ids):
-    operands = [] if table is None else [table]
-    operands += [lists.full, lists.count, lists.cols]
+    operands = [table, lists.full, lists.count, lists.cols]
     operands += [] if lists.bits is None else [lists.bits]
     of_queries, of_keys = ids
     if of_queries is not None:

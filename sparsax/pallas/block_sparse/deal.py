@@ -17,18 +17,18 @@ THREADS = 128
 
 def deal(
     schedule: Schedule, work: Int[Array, "A R"], *extra: Int[Array, "A R"], interpret
-) -> tuple[Int[Array, " F"] | None, Int[Array, "2 E"] | None]:
+) -> tuple[Int[Array, " F"], Int[Array, "2 E"] | None]:
     """What `Schedule.read` reads; and for each added piece, if it is a row's second, row and more.
 
     `work` is the units of each row's list, `extra` what else its kernel wants to know of it. The
     table is the number of added pieces, and then fields: of these pieces, and of each head's rows
-    from the longest to the shortest. It is None where rows are done in order.
+    from the longest to the shortest. Of rows that are dealt beforehand it is `Schedule.hands`.
 
     Every thread block adds up all work for itself, so that none waits for another.
     """
     s = schedule
-    if s.in_order:
-        return None, None
+    if s.beforehand:
+        return jnp.asarray(s.hands().ravel()), None
     items, strips = s.extra + s.rows, -(-s.tiles // STRIP)
     width = -(-s.tiles // THREADS) * THREADS
     flat = work.reshape(-1)

@@ -64,7 +64,7 @@ def dkv_kernel(
     interpret,
     features: tuple[int, int] | None = None,
 ):
-    """A function of `([table], full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
+    """A function of `(table, full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
 
     lse and delta are as for dQ. It returns `*dk, *dv [B, S, K, H]`, or the given range of their
     features alone where registers cannot hold all of them, and float32 sums of the parts of split
@@ -79,7 +79,7 @@ def dkv_kernel(
 
     def kernel(*refs, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ids_smem, out_smem,
                kv_bars, bars, turn_bars):  # fmt: skip
-        lists, refs = Lists.split(refs, schedule, bits, x)
+        lists, refs = Lists.split(refs, bits, x)
         of_queries, of_keys = x.q_starts, x.kv_starts
         q, k, v, do, (lse, delta, *refs) = split(refs, of_queries, of_keys, of_keys, of_queries)
         dk, dv, parts = split(refs, of_keys, of_keys)
@@ -114,7 +114,7 @@ def dkv_kernel(
             return lax.fori_loop(0, group, go, (jnp.int32(0), carry))[1]
 
         @copying(wg, one_warp)
-        def copy_tiles():
+        def copy_tiles(_):
             def fill_tile(item: Item, carry):
                 done, step = carry
                 b, kv_head = where(item)
@@ -300,6 +300,7 @@ def dkv_kernel(
         schedule.thread_blocks,
         (*outs, *outs, *part_types(schedule, (2, ROWS, high - low))),
         interpret,
+        one_warp=one_warp,
         k_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         v_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         q_smem=shared((stages, tile, x.H), x.dtype),

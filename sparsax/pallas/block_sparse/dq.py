@@ -36,7 +36,7 @@ def dq_kernel(
     x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
     row_slots: int, one_warp: bool, interpret,
 ):  # fmt: skip
-    """A function of `([table], full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
+    """A function of `(table, full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
 
     lse is in units of log 2 and infinite for a query that keeps nothing; both it and delta are
     `[B, N, T']`, T' all positions, padded to row tiles. It returns `*dq [B, T, N, H]`, and float32
@@ -48,7 +48,7 @@ def dq_kernel(
 
     def kernel(*refs, q_smem, do_smem, k_smem, v_smem, dq_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
-        lists, refs = Lists.split(refs, schedule, bits, x)
+        lists, refs = Lists.split(refs, bits, x)
         of_queries, of_keys = x.q_starts, x.kv_starts
         q, k, v, do, (lse, delta, *refs) = split(refs, of_queries, of_keys, of_keys, of_queries)
         dq, parts = split(refs, of_queries)
@@ -57,9 +57,9 @@ def dq_kernel(
         wg = lax.axis_index("wg")
 
         @copying(wg, one_warp)
-        def copy():
+        def copy(team):
             of_rows = [(q, q_smem), (do, do_smem)]
-            tiles.copy(of_rows, q_ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring)
+            tiles.copy(team, of_rows, q_ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring)
 
         @pl.when(wg < COMPUTE)
         def compute():
@@ -176,7 +176,9 @@ def dq_kernel(
                     q_ring.wait(done)
 
                 if roomy:
-                    either = lambda: lax.cond(owner[0] >= 0, lambda: begin(True), lambda: begin(False))
+                    either = lambda: lax.cond(
+                        owner[0] >= 0, lambda: begin(True), lambda: begin(False)
+                    )
                     empty = lambda: (mine, none, owed_sums)
                     whose, settled, sums = lax.cond(steps > 0, either, empty)
                     write(whose, settled, jnp.where(steps > 0, 0.0, poison))
@@ -189,7 +191,9 @@ def dq_kernel(
                 )  # fmt: skip
                 if roomy:
                     pl.when(work.there)(lambda: q_ring.release(done))
-                    owner = tuple(jnp.where(steps > 0, a, b) for a, b in zip(mine, owner, strict=True))
+                    owner = tuple(
+                        jnp.where(steps > 0, a, b) for a, b in zip(mine, owner, strict=True)
+                    )
                     held = owner, sums
                 else:
                     end = begun + steps - 1
@@ -204,7 +208,7 @@ def dq_kernel(
                 return done + jnp.where(work.there, 1, 0), begun + steps, *held
 
             start = jnp.int32(0), jnp.int32(0), *(nothing_owed if roomy else ())
-            _, begun, *held = tiles.each(differentiate, start)
+            _, begun, *held = tiles.each(0, differentiate, start)
             if roomy:
                 owner, sums = held
                 there = owner[0] >= 0
@@ -221,6 +225,7 @@ def dq_kernel(
             *part_types(schedule, (1, ROWS, x.H)),
         ),
         interpret,
+        one_warp=one_warp,
         q_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         do_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         k_smem=shared((stages, tile, x.H), x.dtype),

@@ -4,6 +4,8 @@ Shah et al., "FlashAttention-3" (arXiv 2407.08608), algorithm 2: while the tenso
 probabilities of one tile with its values, the warpgroup computes the softmax of the next tile.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,6 +23,7 @@ from sparsax.pallas.hopper import (
     LOG2E,
     LOWEST,
     MATRIX,
+    REGISTERS,
     ROW,
     WG_ROWS,
     Ring,
@@ -38,9 +41,9 @@ from sparsax.pallas.hopper import (
 
 def forward_kernel(
     x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
-    row_slots: int, one_warp: bool, interpret,
+    row_slots: int, one_warp: bool, teams: int, interpret,
 ):  # fmt: skip
-    """A function of `([table], full, count, cols, [bits], [q_ids, kv_ids], *q, *k, *v)`.
+    """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], *q, *k, *v)`.
 
     q, k and v are one array or, behind each other, several: those of `q_starts` and `kv_starts`.
 
@@ -48,6 +51,7 @@ def forward_kernel(
     row tiles; and of the pieces of split rows the same in float32, `[part and copy, 128, H]` and
     `[.., 128]`.
     """
+    schedule = dataclasses.replace(schedule, teams=teams)
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
     masked, scale = columns.masked(bits), x.scale * LOG2E
     gain = scale if scale > 0 else 1.0  # a positive factor may wait until after max and mask
@@ -58,20 +62,27 @@ def forward_kernel(
 
     def kernel(*refs, q_smem, k_smem, v_smem, o_smem, lse_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
-        lists, refs = Lists.split(refs, schedule, bits, x)
+        lists, refs = Lists.split(refs, bits, x)
         q, k, v, o, (lse, *parts) = split(refs, x.q_starts, x.kv_starts, x.kv_starts, x.q_starts)
         tiles = QueryTiles(x, columns, schedule, lists)
-        q_ring, k_ring, v_ring = Ring(q_bars, row_slots), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")
 
-        @copying(wg, one_warp)
-        def copy():
-            tiles.copy([(q, q_smem)], q_ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring)
+        def rings(team):
+            bars = (q_bars, row_slots), (k_bars, stages), (v_bars, stages)
+            return (Ring(of, slots, team * slots) for of, slots in bars)
 
-        @pl.when(wg < COMPUTE)
+        @copying(wg, one_warp, teams)
+        def copy(team):
+            q_ring, k_ring, v_ring = rings(team)
+            of_rows = [(q, q_smem)]
+            tiles.copy(team, of_rows, q_ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring)
+
+        @pl.when(wg < teams * COMPUTE)
         def compute():
-            plgpu.set_max_registers(232, action="increase")
-            order = Turns(turn_bars, wg)
+            plgpu.set_max_registers(REGISTERS[teams][1], action="increase")
+            team, half = (0, wg) if teams == 1 else (wg // COMPUTE, lax.rem(wg, COMPUTE))
+            q_ring, k_ring, v_ring = rings(team)
+            order = Turns(turn_bars, half)
             order.open()
 
             def softmax(s, top, total):
@@ -95,7 +106,7 @@ def forward_kernel(
                     space[...] = result.astype(x.dtype)
                     lse_smem.at[wg][...] = log_total
                     plgpu.commit_smem()
-                    first = row * ROWS + wg * WG_ROWS
+                    first = row * ROWS + half * WG_ROWS
                     rows = lambda first: pl.ds(first, WG_ROWS)
                     o.at(first, lambda ref, first: plgpu.copy_smem_to_gmem(
                         space, ref.at[sample, rows(first), head]
@@ -104,7 +115,7 @@ def forward_kernel(
                     plgpu.copy_smem_to_gmem(lse_smem.at[wg], of_rows)
 
                 def write_part():
-                    rows = pl.ds(wg * WG_ROWS, WG_ROWS)
+                    rows = pl.ds(half * WG_ROWS, WG_ROWS)
                     parts[0].at[part, 0, rows][...] = result
                     parts[1].at[part, rows][...] = log_total
 
@@ -137,10 +148,10 @@ def forward_kernel(
                 done, begun, *held = carry
                 owner, owed_sums = held or nothing_owed
                 poison = jnp.where(work.count < 0, jnp.nan, 0.0)
-                steps, queries = work.steps, q_smem.at[q_ring.slot(done), wg]
+                steps, queries = work.steps, q_smem.at[q_ring.slot(done), half]
                 mine = work.row, work.sample, work.head, work.part
                 # With other features, the assembler spills without the branch that this asks for.
-                find, read, keep = tiles.mask(work, wg, ids_smem, of_whole=x.H != 64)
+                find, read, keep = tiles.mask(work, half, ids_smem, of_whole=x.H != 64)
 
                 def scores(step):
                     k_ring.wait(step)
@@ -198,7 +209,9 @@ def forward_kernel(
                     q_ring.wait(done)
 
                 if roomy:
-                    either = lambda: lax.cond(owner[0] >= 0, lambda: begin(True), lambda: begin(False))
+                    either = lambda: lax.cond(
+                        owner[0] >= 0, lambda: begin(True), lambda: begin(False)
+                    )
                     empty = lambda: (mine, none, owed_sums)
                     whose, settled, sums = lax.cond(steps > 0, either, empty)
                     write(whose, *settled, jnp.where(steps > 0, 0.0, poison))
@@ -211,7 +224,9 @@ def forward_kernel(
                 )  # fmt: skip
                 if roomy:
                     pl.when(work.there)(lambda: q_ring.release(done))
-                    owner = tuple(jnp.where(steps > 0, a, b) for a, b in zip(mine, owner, strict=True))
+                    owner = tuple(
+                        jnp.where(steps > 0, a, b) for a, b in zip(mine, owner, strict=True)
+                    )
                     held = owner, sums
                 else:
                     end = begun + steps - 1
@@ -226,7 +241,7 @@ def forward_kernel(
                 return done + jnp.where(work.there, 1, 0), begun + steps, *held
 
             start = jnp.int32(0), jnp.int32(0), *(nothing_owed if roomy else ())
-            _, begun, *held = tiles.each(attend, start)
+            _, begun, *held = tiles.each(team, attend, start)
             if roomy:
                 owner, sums = held
                 owed = owner[0] >= 0
@@ -244,14 +259,16 @@ def forward_kernel(
             *part_types(schedule, (1, ROWS, x.H), (ROWS,)),
         ),
         interpret,
-        q_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
-        k_smem=shared((stages, tile, x.H), x.dtype),
-        v_smem=shared((stages, tile, x.H), x.dtype),
-        o_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype) if roomy else None,
-        lse_smem=plgpu.SMEM((COMPUTE, WG_ROWS), jnp.float32),
-        ids_smem=plgpu.SMEM((stages, x.key_ids, tile), jnp.int32) if x.ids else None,
-        q_bars=Ring.barriers(row_slots, COMPUTE),
-        k_bars=Ring.barriers(stages, columns.gather * (1 + x.key_ids)),
-        v_bars=Ring.barriers(stages, columns.gather),
+        one_warp=one_warp,
+        teams=teams,
+        q_smem=shared((teams * row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
+        k_smem=shared((teams * stages, tile, x.H), x.dtype),
+        v_smem=shared((teams * stages, tile, x.H), x.dtype),
+        o_smem=shared((teams * COMPUTE, WG_ROWS, x.H), x.dtype) if roomy else None,
+        lse_smem=plgpu.SMEM((teams * COMPUTE, WG_ROWS), jnp.float32),
+        ids_smem=plgpu.SMEM((teams * stages, x.key_ids, tile), jnp.int32) if x.ids else None,
+        q_bars=Ring.barriers(teams * row_slots, COMPUTE),
+        k_bars=Ring.barriers(teams * stages, columns.gather * (1 + x.key_ids)),
+        v_bars=Ring.barriers(teams * stages, columns.gather),
         turn_bars=Turns.barrier(turns),
     )

@@ -24,7 +24,7 @@ from sparsax.pallas.hopper import COL, COMPUTE, ROW, WG_ROWS, Ring
 class Lists:
     """References to the lists and ids that every kernel reads, from its leading operands."""
 
-    table: Any  # None where rows are done in order
+    table: Any
     full: Any
     count: Any
     cols: Any
@@ -33,11 +33,9 @@ class Lists:
     kv_ids: Any
 
     @classmethod
-    def split(cls, refs, schedule: Schedule, bits: bool, x: Problem):
+    def split(cls, refs, bits: bool, x: Problem):
         """The lists, and the operands that follow them."""
-        rest = list(refs)
-        table = None if schedule.in_order else rest.pop(0)
-        full, count, cols, *rest = rest
+        table, full, count, cols, *rest = refs
         bits_ref = rest.pop(0) if bits else None
         ids = (rest.pop(0), rest.pop(0)) if x.ids else (None, None)
         return cls(table, full, count, cols, bits_ref, *ids), rest
@@ -99,18 +97,18 @@ class QueryTiles:
         place = jnp.where(item.part >= 0, item.part * self.schedule.copies + item.copy, -1)
         return QueryTile(item.row, p, sample, head, kv_head, first, last, place, full, count)
 
-    def each(self, visit, carry):
-        """`visit(tile, carry)` for the thread block's tiles in turn."""
-        block = lax.axis_index("item")
+    def each(self, team, visit, carry):
+        """`visit(tile, carry)` for the tiles of a team of the thread block in turn."""
+        block = lax.axis_index("item") * self.schedule.teams + team
         go = lambda item, carry: visit(self.tile(item), carry)
         extra = self.lists.full, self.lists.count
         return self.schedule.each(block, self.lists.table, go, carry, extra)
 
     def copy(
-        self, of_rows, rows_ring: Ring, k: Segments, v: Segments, k_smem, v_smem, ids_smem, k_ring,
-        v_ring,
+        self, team, of_rows, rows_ring: Ring, k: Segments, v: Segments, k_smem, v_smem, ids_smem,
+        k_ring, v_ring,
     ):  # fmt: skip
-        """The copying warpgroup: `of_rows` (arrays and space) once a tile, then keys and values."""
+        """Copies for a team: `of_rows` (arrays and space) once a tile, then keys and values."""
         x, columns, lists, cols = self.problem, self.columns, self.lists, self.lists.cols
 
         def fill_tile(work: QueryTile, carry):
@@ -161,7 +159,7 @@ class QueryTiles:
             lax.fori_loop(work.first, work.last, fill, None)
             return done + jnp.where(work.there, 1, 0), begun + work.steps
 
-        done, steps = self.each(fill_tile, (jnp.int32(0), jnp.int32(0)))
+        done, steps = self.each(team, fill_tile, (jnp.int32(0), jnp.int32(0)))
         rows_ring.drain(done)
         k_ring.drain(steps)
         v_ring.drain(steps)
@@ -193,7 +191,7 @@ class QueryTiles:
             return tuple(plgpu.load(ref, layout=COL) for ref in refs)
 
         def read(slot):  # for other features there are no registers to hold them meanwhile
-            return load_ids(slot) if x.ids and x.H == 64 else None
+            return load_ids(slot) if x.ids and x.H == 64 and self.schedule.teams == 1 else None
 
         def keep(values, fill, found, key_ids, slot):
             key_ids = load_ids(slot) if x.ids and key_ids is None else key_ids

@@ -2,19 +2,21 @@
 
 The GPU hands thread blocks out in order, each as soon as a multiprocessor is free. A thread block
 that does several tiles hides the loads of the next behind the current one, but many of them of
-equal length leave multiprocessors idle at the end: so one for each multiprocessor does three
-quarters of the tiles, and thread blocks of one tile each, handed out to whoever is done, even out
-the rest. The long rows of every head start first, and are cut where one of them would outlast
-everything else; the other rows of a head run together, since they share its columns in the L2
-cache. Where it is known without the data that the last rows are the longest, they are done from the
-last to the first, which needs no table.
+equal length leave multiprocessors idle at the end: so one for each multiprocessor does nine tenths
+of the tiles, and thread blocks of one tile each, handed out to whoever is done, even out the rest.
+The long rows of every head start first, and are cut where one of them would outlast everything
+else; the other rows of a head run together, since they share its columns in the L2 cache. Where the
+work of rows is known without the data, all of them are dealt beforehand, evenly.
 """
 
 import dataclasses
+import functools
+import heapq
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sparsax.pallas.block_sparse.tiles import ROWS
@@ -22,6 +24,7 @@ from sparsax.pallas.hopper import multiprocessors
 
 LONG = 32  # units: where no list is longer, rows stay whole
 PIECES = 4  # a row is cut into pieces of this fraction of what one multiprocessor does
+OF_ROW = 1.5  # units that a row costs besides its list, by measurement with 64 features
 EARLY = 8  # this fraction of each head's rows, the longest ones, is done before all others
 
 
@@ -41,7 +44,7 @@ class Expected(NamedTuple):
     """What is known of a head's lists without the data."""
 
     units: int = 0  # work of all of them
-    longest_last: bool = False  # whether rows from the last to the first are an order to do them in
+    of_rows: tuple[int, ...] = ()  # of each, where it is known so well that they are dealt by it
 
 
 NOTHING = Expected()
@@ -71,6 +74,7 @@ class Schedule:
     copies: int
     longest: int
     expected: Expected = NOTHING
+    teams: int = 1  # of a thread block, which do their row tiles on their own
 
     @property
     def rows(self) -> int:
@@ -91,9 +95,17 @@ class Schedule:
         return PIECES * multiprocessors() // self.copies
 
     @property
-    def in_order(self) -> bool:
-        """Whether rows are done from the last to the first, and there is no table."""
-        return self.expected.longest_last and not self.extra
+    def beforehand(self) -> bool:
+        """Whether all rows are dealt by what is expected, without the data."""
+        return bool(self.expected.of_rows) and not self.extra
+
+    def hands(self) -> np.ndarray:
+        """What each team does in turn where rows are dealt beforehand: numbers `[turns, teams]`.
+
+        They are of rows and copies; -1 is nothing.
+        """
+        teams = min(multiprocessors() * self.teams, self.rows * self.copies)
+        return _evenly(self.expected.of_rows, self.owners, self.copies, teams)
 
     @property
     def items(self) -> int:
@@ -112,35 +124,54 @@ class Schedule:
 
     @property
     def dealt(self) -> int:
-        """Items of each thread block that stays; there is one for each multiprocessor."""
-        return 3 * self.rows * self.copies // (4 * multiprocessors())
+        """Items of each team that stays; each multiprocessor has those of one thread block."""
+        if self.beforehand:
+            return len(self.hands())
+        return 9 * self.rows * self.copies // (10 * multiprocessors() * self.teams)
 
     @property
     def staying(self) -> int:
-        """Thread blocks that stay."""
-        return multiprocessors() if self.dealt else 0
+        """Teams that stay."""
+        if self.beforehand:
+            return self.hands().shape[1]
+        return multiprocessors() * self.teams if self.dealt else 0
 
     @property
     def passing(self) -> int:
-        """Thread blocks of one item, or of few where rows were cut."""
-        return self.rows * self.copies - self.dealt * self.staying
+        """Teams of one item, or of few where rows were cut."""
+        return 0 if self.beforehand else self.rows * self.copies - self.dealt * self.staying
 
     @property
     def left(self) -> int:
-        """Items of a passing thread block at most."""
-        return -(-(self.items - self.dealt * self.staying) // self.passing)
+        """Items of a passing team at most."""
+        return -(-(self.items - self.dealt * self.staying) // self.passing) if self.passing else 0
 
     @property
     def thread_blocks(self) -> int:
         """Thread blocks of the launch."""
-        return self.staying + self.passing
+        return -(-(self.staying + self.passing) // self.teams)
 
-    def read(self, block, slot, table, added, extra):
-        """What `item` makes item number `slot` of a thread block of.
+    def look(self, block, slot, table):
+        """What `read` has to know of an item; nothing where the item's number says it all."""
+        if not self.beforehand:
+            return None
+        place = jnp.minimum(slot, self.dealt - 1) * self.staying + block
+        there = (slot < self.dealt) & (block < self.staying)
+        return jnp.where(there, table[jnp.minimum(place, self.dealt * self.staying - 1)], -1)
 
-        From a reference to what `deal` wrote; `added` is its first number. Without a table `extra`,
-        its last fields, are read where they are. Nothing here waits for what is read.
+    def read(self, block, slot, seen, table, added, extra):
+        """What `item` makes item number `slot` of a team of.
+
+        From a reference to what `deal` wrote; `added` is its first number, and `seen` what `look`
+        saw. Of rows that are dealt beforehand `extra`, the last fields, are read where they are.
+        Nothing here waits for what is read.
         """
+        if self.beforehand:
+            number = jnp.maximum(seen, 0)
+            index, copy = number // self.copies, lax.rem(number, jnp.int32(self.copies))
+            owner, row = index // self.tiles, lax.rem(index, jnp.int32(self.tiles))
+            whole = index, jnp.int32(0), jnp.int32(self.longest), jnp.int32(-1)
+            return seen >= 0, copy, *whole, *(x[owner, row] for x in extra)
         dealt, ahead = self.dealt * self.staying, self.owners * self.copies
         # Folded, so that a thread block gets long and short ones.
         fold = jnp.where(slot % 2 == 1, self.staying - 1 - block, block) + slot * self.staying
@@ -148,6 +179,8 @@ class Schedule:
         place = jnp.where(stays, fold, dealt + block - self.staying + slot * self.passing)
         pieces = added * self.copies  # the added ones, which come before all rows
         there = (slot < self._slots(stays)) & (place < pieces + self.rows * self.copies)
+        if (self.staying + self.passing) % self.teams:
+            there &= block < self.staying + self.passing
         place = jnp.where(there, place, 0)
         early = jnp.maximum(place - pieces, 0)
         later = jnp.maximum(early - self.early * ahead, 0)
@@ -158,10 +191,6 @@ class Schedule:
         owner = lax.rem(owner, jnp.int32(self.owners))
         copy = lax.rem(jnp.where(place < pieces, place, early), jnp.int32(self.copies))
         copy = jnp.where(is_early, copy, later // (late * self.owners))
-        if self.in_order:
-            row = self.tiles - 1 - rank
-            whole = owner * self.tiles + row, jnp.int32(0), jnp.int32(self.longest), jnp.int32(-1)
-            return there, copy, *whole, *(x[owner, row] for x in extra)
         index = self.extra + owner * self.tiles + rank
         index = jnp.where(place < pieces, place // self.copies, index)
         count = self.extra + self.rows
@@ -178,19 +207,40 @@ class Schedule:
         return jnp.where(stays, jnp.int32(self.dealt), jnp.int32(self.left))
 
     def each(self, block, table, visit, carry, extra=()):
-        """`visit(item, carry)` for the items of a thread block, each read one ahead.
+        """`visit(item, carry)` for the items of a team, each read one ahead.
 
         `extra` are references to what `deal` was given besides work.
         """
-        added = jnp.int32(0) if self.in_order else table[0]
-        read = lambda slot: self.read(block, slot, table, added, extra)
+        added = None if self.beforehand else table[0]
+        look = lambda slot: self.look(block, slot, table)
+        read = lambda slot, seen: self.read(block, slot, seen, table, added, extra)
 
         def go(slot, state):
-            fields, carry = state
-            return read(slot + 1), visit(self.item(*fields), carry)
+            seen, fields, carry = state
+            ahead = read(slot + 1, seen)
+            return look(slot + 2), ahead, visit(self.item(*fields), carry)
 
-        start = read(jnp.int32(0)), carry
-        return lax.fori_loop(0, self._slots(block < self.staying), go, start)[1]
+        first, second = jnp.int32(0), jnp.int32(1)
+        start = look(second), read(first, look(first)), carry
+        return lax.fori_loop(0, self._slots(block < self.staying), go, start)[2]
+
+
+@functools.lru_cache
+def _evenly(of_rows: tuple[int, ...], owners: int, copies: int, teams: int) -> np.ndarray:
+    """`Schedule.hands`: always the row that takes longest, to who has least to do."""
+    tiles = len(of_rows)
+    # Rows of one head are dealt one after another, and so run at the same time.
+    every = [
+        (-of_rows[row], copy, owner, row)
+        for copy in range(copies) for owner in range(owners) for row in range(tiles)
+    ]  # fmt: skip
+    busy, hands = [(0.0, team) for team in range(teams)], [[] for _ in range(teams)]
+    for work, copy, owner, row in sorted(every):
+        load, team = busy[0]
+        hands[team].append((owner * tiles + row) * copies + copy)
+        heapq.heapreplace(busy, (load - work + OF_ROW, team))
+    turns = max(map(len, hands))
+    return np.array([hand + [-1] * (turns - len(hand)) for hand in hands], np.int32).T
 
 
 def part_types(schedule: Schedule, *shapes: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -59,6 +59,18 @@ def cover(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> Cover:
     )
 
 
+def _of_rows(x: Problem, of_bands, keys_in_rows: bool) -> tuple[int, ...]:
+    """Units of work of each row tile: of the sequence, and of what is packed behind it."""
+    tiles = lambda length: -(-length // ROWS)
+    if keys_in_rows:  # global rows see keys of the sequence, unless they have their own
+        theirs = tiles(x.rows)
+        behind = tiles(x.packed) * [tiles(x.T)] + (tiles(x.S) * [theirs] if x.own else [])
+        more = 0 if x.own else theirs
+    else:
+        behind, more = tiles(x.rows) * [tiles(x.S)], tiles(x.packed)
+    return *(int(each) + more for each in of_bands), *behind
+
+
 def _block_mask(blocks: BlockPattern):
     """`blocks.to_block_mask()`; of short lists without a scatter, which costs more kernels."""
     counts, lists = blocks.kv_num_blocks, blocks.kv_indices
@@ -71,17 +83,16 @@ def _block_mask(blocks: BlockPattern):
 def expected_work(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> Expected:
     """Units of work in a head's lists of bands and blocks, as far as no data says.
 
-    As if nothing were padding, and every list of blocks as long as its capacity. Of bands all lists
-    are about as long, and those of global rows and of packed keys, the longest, stand last: unless
-    padding leaves some rows nothing, or global rows' own keys, which only they see, stand there.
+    As if nothing were padding, and every list of blocks as long as its capacity. Of patterns of
+    bands, columns and rows the work of each row tile is known, unless padding leaves some nothing.
     """
     blocks = pattern.blocks
-    own_keys = keys_in_rows and x.own
-    longest_last = blocks is None and pattern.token_mask is None and not own_keys
     bands = cover(x, dataclasses.replace(pattern, blocks=None), keys_in_rows).present[0]
-    total = int(units(bands.sum(-1), x.block_q if keys_in_rows else x.block_kv).sum())
+    of_bands = units(bands.sum(-1), x.block_q if keys_in_rows else x.block_kv)
+    total = int(of_bands.sum())
     if blocks is None:
-        return Expected(total, longest_last)
+        known = pattern.token_mask is None
+        return Expected(total, _of_rows(x, of_bands, keys_in_rows) if known else ())
 
     def full(indices, block_row: int, block_col: int) -> int:
         entries = min(-(-x.T // block_col), ROWS // block_row * indices.shape[-1])
