@@ -25,7 +25,8 @@ from harness import save
 import sparsax
 from sparsax.pallas import compound
 from sparsax.pallas.block_sparse import attention
-from sparsax.pallas.block_sparse.config import TABLE, Config, Tiling
+from sparsax.pallas.block_sparse.config import TABLE, Config, ForwardTiling, Tiling
+from sparsax.pallas.block_sparse.tiles import ROWS
 
 # (tile, slots of tiles, of row tiles) that fit in shared memory, by head dim.
 FORWARD = {
@@ -62,12 +63,18 @@ KERNELS = {
 }
 
 
-def tilings(choices) -> list[Tiling]:
-    """Every choice as it is, with turns, and with one warp that copies."""
-    ways = {}, {"turns": True}, {"one_warp": True}
-    return [
-        Tiling(tile, stages, row_slots=row_slots, **way)
-        for tile, stages, row_slots in choices for way in ways
+def tilings(choices, kind: type[Tiling] = Tiling) -> list:
+    """Every choice as it is, and with turns; of the forward pass those of two teams, too."""
+    found = [
+        kind(tile, stages, turns, row_slots)
+        for tile, stages, row_slots in choices for turns in (False, True)
+    ]  # fmt: skip
+    if kind is not ForwardTiling:
+        return found
+    # Two teams have fewer registers, which half of a tile fits in.
+    return found + [
+        ForwardTiling(tile // 2, stages, row_slots=row_slots, teams=2)
+        for tile, stages, row_slots in choices if tile == ROWS
     ]  # fmt: skip
 
 
@@ -195,7 +202,7 @@ def tune(features: int, length: int, heads: int) -> list[dict]:
         assert_alike(result, firsts.setdefault("backward " + name, result), (dq, dkv))
         return kernels(backward, *args, calls=4)
 
-    for tiling in tilings(FORWARD[features]):
+    for tiling in tilings(FORWARD[features], ForwardTiling):
         found = of_cases(functools.partial(time_forward, tiling), tiling)
         record("forward", tiling, {name: of_kernel("forward", x) for name, x in found.items()})
     of_dq, of_dkv = tilings(DQ[features]), tilings(DKV[features])
@@ -222,7 +229,8 @@ def best(rows: list[dict], kernel: str, names: tuple[str, ...]) -> Tiling | None
         * sum(row["milliseconds"][name] / least[name] for name in names)
     )
     row = min(rows, key=cost)
-    return Tiling(**{field.name: row[field.name] for field in dataclasses.fields(Tiling)})
+    kind = ForwardTiling if kernel == "forward" else Tiling
+    return kind(**{field.name: row[field.name] for field in dataclasses.fields(kind)})
 
 
 def main() -> None:

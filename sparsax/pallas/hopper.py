@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend import core
+from jax.interpreters import batching, mlir
 
 COMPUTE = 2  # warpgroups that multiply; a team of them shares tiles
 REGISTERS = {1: (40, 232), 2: (24, 112)}  # by teams: of a thread that copies, of one that computes
@@ -83,21 +85,21 @@ def per_col(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def copying(wg, one_warp: bool = False, teams: int = 1) -> Callable[[Callable[[Any], None]], None]:
-    """Has the copying warpgroup run what this decorates, of a team; or one of its warps for each.
+def copying(wg, teams: int | None = None) -> Callable[[Callable[..., None]], None]:
+    """Has the copying warpgroup run what this decorates; with teams, a warp of it for each of them.
 
     A warpgroup gathers its warps before every copy; one warp need not, and leaves more of the
-    issue slots to the warpgroups that compute.
+    issue slots to the warpgroups that compute. It is told which team it copies for.
     """
 
     def decorate(copy):
-        @pl.when(wg == teams * COMPUTE)
+        @pl.when(wg == (teams or 1) * COMPUTE)
         def _():
-            plgpu.set_max_registers(REGISTERS[teams][0], action="decrease")
-            if one_warp:
-                plgpu.warp_map(lambda warp: pl.when(warp < teams)(lambda: copy(warp)))
-            else:
-                copy(0)
+            plgpu.set_max_registers(REGISTERS[teams or 1][0], action="decrease")
+            if teams is None:
+                copy()
+                return
+            plgpu.warp_map(lambda warp: pl.when(warp < teams)(lambda: copy(warp)))
 
     return decorate
 
@@ -330,30 +332,43 @@ def _dot(acc, a, b):
 
 
 def launch(
-    kernel, name: str, thread_blocks: int, out_type, interpret, *, cluster: int = 1, teams: int = 1,
-    one_warp: bool = False, **scratch,
+    kernel, name: str, thread_blocks: int, out_type, interpret, *, cluster: int = 1,
+    teams: int | None = None, **scratch,
 ):  # fmt: skip
     """The kernel as a function of its operands, on `thread_blocks` along the axis "item".
 
-    With a cluster, so many thread blocks each, along the axis "cluster". `one_warp`: as `copying`
-    has it.
+    With a cluster, so many thread blocks each, along the axis "cluster". `teams`: as `copying` has
+    it.
     """
     clusters = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}
-    return plgpu.kernel(
+    run = plgpu.kernel(
         kernel,
         out_type=out_type,
         scratch_types=scratch,
         grid=(thread_blocks,),
         grid_names=("item",),
-        num_threads=teams * COMPUTE + 1,
+        num_threads=(teams or 1) * COMPUTE + 1,
         thread_name="wg",
         kernel_name=name,
         interpret=interpret,
-        # Pallas gathers the warps of a warpgroup around whatever touches shared memory, to be safe.
-        # These kernels say where it matters: they write to it between `wait_smem_to_gmem` and
-        # `commit_smem`, which gather the warps, and read what copies bring after waiting for a
-        # barrier that no copy passes before all threads have arrived at another. Four warps that
-        # copy would drift apart without.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=one_warp),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            # To be safe, Pallas gathers the warps of a warpgroup around whatever touches shared
+            # memory. It need not where one warp copies: what computes writes there between
+            # `wait_smem_to_gmem` and `commit_smem`, which gather the warps; and what copies bring
+            # is read between two barriers, at the second of which all threads arrive. Four warps
+            # that copy would drift apart, until one missed a barrier's phase.
+            unsafe_no_auto_barriers=teams is not None,
+        ),
         **clusters,
     )
+    return run if teams is None else lambda *operands: run(*map(_unvaried.bind, operands))
+
+
+# Inside `jax.shard_map` operands have a type that says over which axes of the mesh they vary, which
+# `plgpu.warp_map` refuses in references; who calls a kernel says it of its outputs again.
+_unvaried = core.Primitive("unvaried")
+_unvaried.def_impl(lambda x: x)
+_unvaried.def_abstract_eval(lambda x: x.update(manual_axis_type=type(x.mat)()))
+mlir.register_lowering(_unvaried, lambda _, x: [x])
+batching.defvectorized(_unvaried)

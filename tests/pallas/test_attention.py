@@ -76,19 +76,27 @@ def test_split_rows_add_up_interpreted(joined):
 
 
 @pytest.mark.usefixtures("no_races")
-@pytest.mark.parametrize("choice", ["turns", "one_warp"])
+@pytest.mark.parametrize("choice", [{"turns": True}, {"teams": 2}], ids=str)
 def test_who_waits_for_whom_changes_no_bit(choice, monkeypatch):
     c, found = next(c for c in KERNEL_CASES if c.name == "h32"), []
-    for value in (False, True):
-        change = lambda tiling, value=value: dataclasses.replace(tiling, **{choice: value})
-        old = configs.TABLE[c.H]
-        config = configs.Config(change(old.forward), change(old.dq), change(old.dkv))
+    old, tile = configs.TABLE[c.H], 64  # which two teams have registers for
+    of_all = {name: x for name, x in choice.items() if name != "teams"}
+    for change, more in (({}, {}), (of_all, choice)):
+        config = configs.Config(
+            dataclasses.replace(old.forward, tile=tile, stages=3, **more),
+            *(dataclasses.replace(x, **change) for x in (old.dq, old.dkv)),
+        )
         for table in (configs.TABLE, configs.MASKED):
             monkeypatch.setitem(table, c.H, config)
         with pallas.interpreted(detect_races=True):
             found.append(check(c))
     for x, y in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_two_teams_take_no_turns():
+    with pytest.raises(ValueError, match="in one team; got 2 teams"):
+        configs.ForwardTiling(64, 3, turns=True, teams=2)
 
 
 def test_vmap_is_a_longer_batch():

@@ -165,7 +165,7 @@ def test_more_rows_than_registers_hold(monkeypatch):
 def test_thread_blocks_that_stay_do_most_and_the_rest_is_done_one_by_one():
     plan = Schedule(16, 128, 1, 31)
     blocks = multiprocessors()
-    assert (plan.staying, plan.dealt) == (blocks, 9 * 2048 // (10 * blocks))
+    assert (plan.staying, plan.dealt) == (blocks, 19 * 2048 // (20 * blocks))
     assert plan.thread_blocks == blocks + 2048 - plan.dealt * blocks
     assert plan.left == 1
     assert Schedule(1, 8, 1, 8).staying == 0

@@ -146,7 +146,8 @@ def _of_keys(
     lists_of_row = queries * work.shape[1]
     of_rows = tuple(each * lists_of_row for each in expected.of_rows)
     expected = Expected(expected.units * lists_of_row, of_rows)
-    schedule = Schedule(samples * owners, rows, copies, longest, expected)
+    # Columns of a pattern differ more in length than its rows: more is left to even them out.
+    schedule = Schedule(samples * owners, rows, copies, longest, expected, twentieths=18)
     table, splits = deal(schedule, queries * work.sum(1), interpret=interpret)
     operands = *_operands(lists, table, ids), *arrays
     found = []

@@ -60,7 +60,6 @@ def dkv_kernel(
     stages: int,
     turns: bool,
     row_slots: int,
-    one_warp: bool,
     interpret,
     features: tuple[int, int] | None = None,
 ):
@@ -113,7 +112,7 @@ def dkv_kernel(
 
             return lax.fori_loop(0, group, go, (jnp.int32(0), carry))[1]
 
-        @copying(wg, one_warp)
+        @copying(wg, teams=1)
         def copy_tiles(_):
             def fill_tile(item: Item, carry):
                 done, step = carry
@@ -300,7 +299,7 @@ def dkv_kernel(
         schedule.thread_blocks,
         (*outs, *outs, *part_types(schedule, (2, ROWS, high - low))),
         interpret,
-        one_warp=one_warp,
+        teams=1,
         k_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         v_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         q_smem=shared((stages, tile, x.H), x.dtype),

@@ -4,12 +4,15 @@ Dao, "FlashAttention-2" (arXiv 2307.08691), algorithm 2, for the queries alone. 
 adds a tile's share to dQ runs while the next tile's probabilities are computed.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.block_sparse import stream
+from sparsax.pallas.block_sparse.handover import Handover, Row
 from sparsax.pallas.block_sparse.problem import Columns, Problem
 from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles, query_types
 from sparsax.pallas.block_sparse.schedule import Schedule, part_types
@@ -34,7 +37,7 @@ from sparsax.pallas.hopper import (
 
 def dq_kernel(
     x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
-    row_slots: int, one_warp: bool, interpret,
+    row_slots: int, interpret,
 ):  # fmt: skip
     """A function of `(table, full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
 
@@ -56,7 +59,7 @@ def dq_kernel(
         q_ring, k_ring, v_ring = Ring(q_bars, row_slots), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")
 
-        @copying(wg, one_warp)
+        @copying(wg, teams=1)
         def copy(team):
             of_rows = [(q, q_smem), (do, do_smem)]
             tiles.copy(team, of_rows, q_ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring)
@@ -67,18 +70,17 @@ def dq_kernel(
             order = Turns(turn_bars, wg)
             order.open()
 
-            def write(place, acc, poison=0.0, out=None):
-                """A row's gradients; `place`: its row tile, sample, head and part."""
+            def write(place, settled, poison, space):
                 row, sample, head, part = place
-                result = acc * x.scale + poison
+                result = settled[0] * x.scale + poison
 
                 def write_whole():
-                    space = dq_smem.at[wg] if out is None else out
+                    out = dq_smem.at[wg] if space is None else space
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    space[...] = result.astype(x.dtype)
+                    out[...] = result.astype(x.dtype)
                     plgpu.commit_smem()
                     dq.at(row * ROWS + wg * WG_ROWS, lambda ref, first: plgpu.copy_smem_to_gmem(
-                        space, ref.at[sample, pl.ds(first, WG_ROWS), head]
+                        out, ref.at[sample, pl.ds(first, WG_ROWS), head]
                     ))  # fmt: skip
 
                 def write_part():
@@ -90,38 +92,29 @@ def dq_kernel(
                         pl.when(part >= 0)(write_part)
                     pl.when(part < 0)(write_whole)
 
-            none = zeros((WG_ROWS, x.H), MATRIX)
-            # Of the row before: its place, sum and last tile's share, still to be added.
-            nothing_owed = (
-                (jnp.int32(-1),) * 4,
-                (none, plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX)),
-            )
+            none = (zeros((WG_ROWS, x.H), MATRIX),)
+            no_share = plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX)
 
-            def owed(sums, step):  # the product that adds a tile's share to dQ
+            def owing(sums, step):  # the product that adds a tile's share to dQ
                 acc, ds = sums
                 return acc, ds, k_smem.at[k_ring.slot(step)]
 
-            def settle(sums, end):
-                acc = cores.start([owed(sums, end)], lambda get: get())
-                cores.release(k_ring, end)
-                return acc
+            def settle(sums, step):
+                acc = cores.start([owing(sums, step)], lambda get: get())
+                cores.release(k_ring, step)
+                return (acc,)
 
-            def differentiate(work: QueryTile, carry):
-                done, begun, *held = carry
-                owner, owed_sums = held or nothing_owed
-                poison = jnp.where(work.count < 0, jnp.nan, 0.0)
-                steps, place = work.steps, q_ring.slot(done)
+            def start(work: QueryTile, done, begun) -> Row:
+                place = q_ring.slot(done)
                 queries, cotangents = q_smem.at[place, wg], do_smem.at[place, wg]
-                mine = work.row, work.sample, work.head, work.part
-                first_row = jnp.maximum(work.row, 0) * ROWS + wg * WG_ROWS
-                rows = pl.ds(first_row, WG_ROWS)
+                rows = pl.ds(jnp.maximum(work.row, 0) * ROWS + wg * WG_ROWS, WG_ROWS)
                 of_rows = lambda ref: plgpu.load(
                     ref.at[work.sample, work.head, rows], layout=ROW, optimized=False
                 )
                 row_lse, row_delta = of_rows(lse), of_rows(delta)
                 find, read, keep = tiles.mask(work, wg, ids_smem, of_whole=True)
 
-                def products(step):
+                def products(step) -> list[Any]:
                     k_ring.wait(step)
                     v_ring.wait(step)
                     turned = lambda smem, ring: smem.at[ring.slot(step)].transpose((1, 0))
@@ -139,23 +132,22 @@ def dq_kernel(
                     cores.release(v_ring, step)
                     return weights * (dp - per_row(row_delta, dp.shape))
 
-                def begin(late: bool):
+                def begin(owed):
                     found = find(work.first) if masked else None
 
                     def then(get_s, get_dp, get_acc=None):
                         ds = share(get_s, get_dp, begun, found)
                         settled = none
                         if get_acc is not None:
-                            settled = get_acc()
+                            settled = (get_acc(),)
                             cores.release(k_ring, begun - 1)
-                        return settled, (none, ds.astype(x.dtype))
+                        return settled, (*none, ds.astype(x.dtype))
 
                     started = products(begun)
-                    if late:
-                        started.append(owed(owed_sums, begun - 1))
+                    if owed is not None:
+                        started.append(owing(owed, begun - 1))
                     order.take()
-                    settled, sums = cores.start(started, then, order.give)
-                    return owner if late else nothing_owed[0], settled, sums
+                    return cores.start(started, then, order.give)
 
                 def advance(t, found, sums):
                     step = begun + t - work.first
@@ -167,52 +159,18 @@ def dq_kernel(
                         # Rounded no sooner: the registers were feeding the product just awaited.
                         return acc, ds.astype(x.dtype)
 
-                    started = [*products(step), owed(sums, step - 1)]
+                    started = [*products(step), owing(sums, step - 1)]
                     order.take()
                     return cores.start(started, then, order.give)
 
-                @pl.when(work.there)
-                def _():
-                    q_ring.wait(done)
-
-                if roomy:
-                    either = lambda: lax.cond(
-                        owner[0] >= 0, lambda: begin(True), lambda: begin(False)
-                    )
-                    empty = lambda: (mine, none, owed_sums)
-                    whose, settled, sums = lax.cond(steps > 0, either, empty)
-                    write(whose, settled, jnp.where(steps > 0, 0.0, poison))
-                else:
-                    fresh = lambda: nothing_owed[1]
-                    sums = lax.cond(steps > 0, lambda: begin(False)[2], fresh)
-                sums = stream.walk(
+                walk = lambda sums: stream.walk(
                     work.full, work.last, columns, find if masked else None, work.first + 1,
                     advance, sums,
                 )  # fmt: skip
-                if roomy:
-                    pl.when(work.there)(lambda: q_ring.release(done))
-                    owner = tuple(
-                        jnp.where(steps > 0, a, b) for a, b in zip(mine, owner, strict=True)
-                    )
-                    held = owner, sums
-                else:
-                    end = begun + steps - 1
-                    settled = lax.cond(steps > 0, lambda: settle(sums, end), lambda: sums[0])
-                    write(mine, settled, poison, queries)
+                return Row(begin, walk, queries)
 
-                    @pl.when(work.there)
-                    def _():
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        q_ring.release(done)
-
-                return done + jnp.where(work.there, 1, 0), begun + steps, *held
-
-            start = jnp.int32(0), jnp.int32(0), *(nothing_owed if roomy else ())
-            _, begun, *held = tiles.each(0, differentiate, start)
-            if roomy:
-                owner, sums = held
-                there = owner[0] >= 0
-                write(owner, lax.cond(there, lambda: settle(sums, begun - 1), lambda: none))
+            handover = Handover(roomy, none, (*none, no_share), settle, write)
+            handover.each(tiles, 0, q_ring, start)
             order.close()
             plgpu.wait_smem_to_gmem(0)
 
@@ -225,7 +183,7 @@ def dq_kernel(
             *part_types(schedule, (1, ROWS, x.H)),
         ),
         interpret,
-        one_warp=one_warp,
+        teams=1,
         q_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         do_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         k_smem=shared((stages, tile, x.H), x.dtype),

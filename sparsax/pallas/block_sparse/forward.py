@@ -5,6 +5,7 @@ probabilities of one tile with its values, the warpgroup computes the softmax of
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.block_sparse import stream
+from sparsax.pallas.block_sparse.handover import Handover, Row
 from sparsax.pallas.block_sparse.problem import Columns, Problem, whole_tiles
 from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles, query_types
 from sparsax.pallas.block_sparse.schedule import Schedule, part_types
@@ -41,7 +43,7 @@ from sparsax.pallas.hopper import (
 
 def forward_kernel(
     x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
-    row_slots: int, one_warp: bool, teams: int, interpret,
+    row_slots: int, teams: int, interpret,
 ):  # fmt: skip
     """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], *q, *k, *v)`.
 
@@ -71,7 +73,7 @@ def forward_kernel(
             bars = (q_bars, row_slots), (k_bars, stages), (v_bars, stages)
             return (Ring(of, slots, team * slots) for of, slots in bars)
 
-        @copying(wg, one_warp, teams)
+        @copying(wg, teams)
         def copy(team):
             q_ring, k_ring, v_ring = rings(team)
             of_rows = [(q, q_smem)]
@@ -92,24 +94,24 @@ def forward_kernel(
                 total = total * decay + fold(jnp.add, weights).sum(axis=1)
                 return weights, new_top, total, decay
 
-            def write(place, acc, top, total, poison=0.0, out=None):
-                """A row's results; `place`: its row tile, sample, head and part."""
+            def write(place, settled, poison, space):
                 row, sample, head, part = place
+                acc, top, total = settled
                 empty = total == 0.0
                 positive = jnp.where(empty, 1.0, total)
                 result = acc / per_row(positive, acc.shape) + poison
                 log_total = jnp.where(empty, -jnp.inf, top + jnp.log2(positive)) + poison
 
                 def write_whole():
-                    space = o_smem.at[wg] if out is None else out
+                    out = o_smem.at[wg] if space is None else space
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    space[...] = result.astype(x.dtype)
+                    out[...] = result.astype(x.dtype)
                     lse_smem.at[wg][...] = log_total
                     plgpu.commit_smem()
                     first = row * ROWS + half * WG_ROWS
                     rows = lambda first: pl.ds(first, WG_ROWS)
                     o.at(first, lambda ref, first: plgpu.copy_smem_to_gmem(
-                        space, ref.at[sample, rows(first), head]
+                        out, ref.at[sample, rows(first), head]
                     ))  # fmt: skip
                     of_rows = lse.at[sample, head, rows(first)]
                     plgpu.copy_smem_to_gmem(lse_smem.at[wg], of_rows)
@@ -128,28 +130,20 @@ def forward_kernel(
             none = (
                 zeros((WG_ROWS, x.H), MATRIX), full((WG_ROWS,), LOWEST, ROW), zeros((WG_ROWS,), ROW)
             )  # fmt: skip
-            # Of the row before: its place, sums and last weights, whose product is still to come.
-            nothing_owed = (
-                (jnp.int32(-1),) * 4,
-                (*none, plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX)),
-            )
+            no_weights = plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX)
 
             def values(weights, acc, step):
                 v_ring.wait(step)
                 return acc, weights, v_smem.at[v_ring.slot(step)]
 
-            def settle(sums, end):
+            def settle(sums, step):
                 acc, top, total, weights = sums
-                acc = cores.start([values(weights, acc, end)], lambda get: get())
-                cores.release(v_ring, end)
+                acc = cores.start([values(weights, acc, step)], lambda get: get())
+                cores.release(v_ring, step)
                 return acc, top, total
 
-            def attend(work: QueryTile, carry):
-                done, begun, *held = carry
-                owner, owed_sums = held or nothing_owed
-                poison = jnp.where(work.count < 0, jnp.nan, 0.0)
-                steps, queries = work.steps, q_smem.at[q_ring.slot(done), half]
-                mine = work.row, work.sample, work.head, work.part
+            def start(work: QueryTile, done, begun) -> Row:
+                queries = q_smem.at[q_ring.slot(done), half]
                 # With other features, the assembler spills without the branch that this asks for.
                 find, read, keep = tiles.mask(work, half, ids_smem, of_whole=x.H != 64)
 
@@ -157,8 +151,7 @@ def forward_kernel(
                     k_ring.wait(step)
                     return None, queries, k_smem.at[k_ring.slot(step)].transpose((1, 0))
 
-                def begin(owed: bool):
-                    acc, old_top, old_total, weights = owed_sums
+                def begin(owed):
                     found = find(work.first) if masked else None
 
                     def then(get, get_acc=None):
@@ -168,22 +161,21 @@ def forward_kernel(
                             mask = lambda s: keep(s, -jnp.inf, found, None, k_ring.slot(begun))
                             s = lax.cond(unmasked, lambda s: s, mask, s)
                         cores.release(k_ring, begun)
-                        new_weights, top, total, _ = softmax(s, *none[1:])
+                        weights, top, total, _ = softmax(s, *none[1:])
                         settled = none
                         if get_acc is not None:
-                            settled = get_acc(), old_top, old_total
+                            settled = get_acc(), *owed[1:3]
                             cores.release(v_ring, begun - 1)
-                        return settled, (none[0], top, total, new_weights.astype(x.dtype))
+                        return settled, (none[0], top, total, weights.astype(x.dtype))
 
-                    products = [scores(begun)]
-                    if owed:
-                        products.append(values(weights, acc, begun - 1))
+                    products: list[Any] = [scores(begun)]
+                    if owed is not None:
+                        products.append(values(owed[3], owed[0], begun - 1))
                     order.take()
-                    settled, started = cores.start(products, then, order.give)
-                    return owner if owed else nothing_owed[0], settled, started
+                    return cores.start(products, then, order.give)
 
-                def advance(t, found, carry):
-                    acc, top, total, weights = carry
+                def advance(t, found, sums):
+                    acc, top, total, weights = sums
                     step = begun + t - work.first
 
                     def then(get_scores, get_acc):
@@ -204,48 +196,14 @@ def forward_kernel(
                     order.take()
                     return cores.start(products, then, order.give)
 
-                @pl.when(work.there)
-                def _():
-                    q_ring.wait(done)
-
-                if roomy:
-                    either = lambda: lax.cond(
-                        owner[0] >= 0, lambda: begin(True), lambda: begin(False)
-                    )
-                    empty = lambda: (mine, none, owed_sums)
-                    whose, settled, sums = lax.cond(steps > 0, either, empty)
-                    write(whose, *settled, jnp.where(steps > 0, 0.0, poison))
-                else:
-                    fresh = lambda: nothing_owed[1]
-                    sums = lax.cond(steps > 0, lambda: begin(False)[2], fresh)
-                sums = stream.walk(
+                walk = lambda sums: stream.walk(
                     work.full, work.last, columns, find if masked else None, work.first + 1,
                     advance, sums,
                 )  # fmt: skip
-                if roomy:
-                    pl.when(work.there)(lambda: q_ring.release(done))
-                    owner = tuple(
-                        jnp.where(steps > 0, a, b) for a, b in zip(mine, owner, strict=True)
-                    )
-                    held = owner, sums
-                else:
-                    end = begun + steps - 1
-                    settled = lax.cond(steps > 0, lambda: settle(sums, end), lambda: sums[:3])
-                    write(mine, *settled, poison, queries)
+                return Row(begin, walk, queries)
 
-                    @pl.when(work.there)
-                    def _():
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        q_ring.release(done)
-
-                return done + jnp.where(work.there, 1, 0), begun + steps, *held
-
-            start = jnp.int32(0), jnp.int32(0), *(nothing_owed if roomy else ())
-            _, begun, *held = tiles.each(team, attend, start)
-            if roomy:
-                owner, sums = held
-                owed = owner[0] >= 0
-                write(owner, *lax.cond(owed, lambda: settle(sums, begun - 1), lambda: none))
+            handover = Handover(roomy, none, (*none, no_weights), settle, write)
+            handover.each(tiles, team, q_ring, start)
             order.close()
             plgpu.wait_smem_to_gmem(0)
 
@@ -259,7 +217,6 @@ def forward_kernel(
             *part_types(schedule, (1, ROWS, x.H), (ROWS,)),
         ),
         interpret,
-        one_warp=one_warp,
         teams=teams,
         q_smem=shared((teams * row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         k_smem=shared((teams * stages, tile, x.H), x.dtype),

@@ -2,8 +2,8 @@
 
 The GPU hands thread blocks out in order, each as soon as a multiprocessor is free. A thread block
 that does several tiles hides the loads of the next behind the current one, but many of them of
-equal length leave multiprocessors idle at the end: so one for each multiprocessor does nine tenths
-of the tiles, and thread blocks of one tile each, handed out to whoever is done, even out the rest.
+equal length leave multiprocessors idle at the end: so one for each multiprocessor does nineteen of
+twenty tiles, and thread blocks of one tile each, handed out to whoever is done, even out the rest.
 The long rows of every head start first, and are cut where one of them would outlast everything
 else; the other rows of a head run together, since they share its columns in the L2 cache. Where the
 work of rows is known without the data, all of them are dealt beforehand, evenly.
@@ -75,6 +75,7 @@ class Schedule:
     longest: int
     expected: Expected = NOTHING
     teams: int = 1  # of a thread block, which do their row tiles on their own
+    twentieths: int = 19  # of all row tiles, which teams that stay do
 
     @property
     def rows(self) -> int:
@@ -127,7 +128,7 @@ class Schedule:
         """Items of each team that stays; each multiprocessor has those of one thread block."""
         if self.beforehand:
             return len(self.hands())
-        return 9 * self.rows * self.copies // (10 * multiprocessors() * self.teams)
+        return self.twentieths * self.rows * self.copies // (20 * multiprocessors() * self.teams)
 
     @property
     def staying(self) -> int:

@@ -97,7 +97,7 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
             return lax.fori_loop(0, rounds, go, (read(0), jnp.int32(0)))[1]
 
         @copying(wg)
-        def copy_tiles(_):
+        def copy_tiles():
             def copy(here, begin):
                 def fill(i, _):
                     slot = ring.slot(begin + i)

@@ -54,7 +54,7 @@ def lse_kernel(x: Problem, interpret):
             whole = jnp.minimum(whole, (row * ROWS + 1) // tile)
 
         @copying(wg)
-        def copy_tiles(_):
+        def copy_tiles():
             for i in range(COMPUTE):
                 rows = pl.ds(row * ROWS + i * WG_ROWS, WG_ROWS)
                 plgpu.copy_gmem_to_smem(q.at[sample, rows, head], q_smem.at[i], q_bar)

@@ -63,7 +63,7 @@ def mean_kernel(x: Problem, chunk: int | None, interpret):
             return step // sharing, first + lax.rem(step, jnp.int32(sharing))
 
         @copying(wg)
-        def copy_tiles(_):
+        def copy_tiles():
             def fill(nth, step):
                 sample, head = where(nth, step)
                 step = nth * steps + step

@@ -103,7 +103,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
             j += lax.axis_index("cluster")
 
         @copying(wg)
-        def copy_tiles(_):
+        def copy_tiles():
             def fill(i, _):
                 for chunk in range(chunks):
                     step = i * chunks + chunk

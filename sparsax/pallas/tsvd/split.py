@@ -89,7 +89,7 @@ def _kernel(x, u, v, interpret):
         count = lax.div((split + 1) * num_in, jnp.int32(splits)) - first  # one at least
 
         @copying(wg)
-        def copy_tiles(_):
+        def copy_tiles():
             def fill(n, _):
                 for chunk in range(chunks):
                     step, inner = n * chunks + chunk, pl.ds(chunk * DEPTH, DEPTH)
