@@ -47,10 +47,10 @@ def tsvd_matmul(
             batched matmuls that transpose nothing in between, or one fused kernel that stores no
             `x u` where that reads less, or one for few rows; bfloat16 or float16, tiles in
             multiples of 64, ranks in multiples of 16, see `TiledFactors.pad_rank`). None is
-            "pallas" where the kernels can run, are not differentiated, and have 4,096 rows or
-            more, or up to 16 of a matrix of 64 or more tiles of 256 x 256 with ranks up to 64,
-            which `jax.vmap` does not batch; else "xla": with gradients neither is always the
-            faster one (docs/tsvd.md), and values of both differ by rounding.
+            "pallas" where the kernels can run, are not differentiated, and were measured to be
+            faster (docs/tsvd.md): from 4,096 rows on, or 512 with ranks of 64 and more, and with
+            up to 16 rows that `jax.vmap` does not batch, but for small matrices; else "xla": with
+            gradients neither is always the faster one, and values of both differ by rounding.
             Kernels are not partitioned by themselves: where rows are sharded over devices, call
             this inside `jax.shard_map`, or name "xla". A name runs or raises.
 

@@ -96,10 +96,8 @@ def copying(wg, teams: int | None = None) -> Callable[[Callable[..., None]], Non
         @pl.when(wg == (teams or 1) * COMPUTE)
         def _():
             plgpu.set_max_registers(REGISTERS[teams or 1][0], action="decrease")
-            if teams is None:
-                copy()
-                return
-            plgpu.warp_map(lambda warp: pl.when(warp < teams)(lambda: copy(warp)))
+            of_warp = lambda warp: pl.when(warp < (teams or 1))(lambda: copy(warp))
+            copy() if teams is None else plgpu.warp_map(of_warp)
 
     return decorate
 

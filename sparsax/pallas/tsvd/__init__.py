@@ -10,8 +10,9 @@ from sparsax.pallas.support import DTYPES, on_hopper, vary
 from sparsax.pallas.tsvd import fused, products, split
 
 Schedule = typing.Literal["fused", "products", "split"]
-FASTER_FROM = 4096  # rows; with 512 it depends on the compression which way is faster
-FEW, FEW_TILES = 16, 64  # rows at most, tiles at least, of what was timed with few rows
+MANY, LARGE = 4096, 3 * 2**19  # rows and numbers of a matrix from which on the products are ahead
+FUSED_FROM, FUSED_TILES = 512, 64  # the same of the fused kernel: rows, and tiles of its output
+FEW, FEW_TILES, FEW_RANKS = 16, 64, 27 * 64  # rows at most; tiles, or their ranks in all, at least
 ALIGNMENT = 64, 16  # what divides tiles and ranks: a chunk's columns, a matrix instruction's depth
 
 
@@ -36,39 +37,51 @@ def tsvd_is_faster(x, u, v, activation: str | None) -> bool:
     rows = x.size // x.shape[-1]
     if not isinstance(rows, int):  # a dimension is symbolic
         return False
-    faster = rows >= FASTER_FROM or few_are_faster(rows, u, v)
+    faster = few_are_faster(rows, u, v) or _many_are_faster(rows, u, v)
     return faster and tsvd_refusal(x, u, v, activation) is None
 
 
 def few_are_faster(rows: int, u, v) -> bool:
     """Whether "split" was measured to be the fastest way with such factors.
 
-    With 1 and 16 rows and tiles of 256 it took less time than XLA and than the other schedules at
-    every rank (16, 32, 64). With tiles of 512 XLA was ahead in 3 of 8 cases.
+    Of layers of GPT-2 and Llama-7B with tiles of 256 and ranks of 16, 32 and 64, it was the fastest
+    in 28 of 29 cases of one row that this names, and 18 of 19 of 16 rows. With tiles of 512 it
+    depends.
     """
     num_in, size, num_out, rank = u.shape
-    timed = size == v.shape[3] == 256 and rank <= 64 and num_in * num_out >= FEW_TILES
-    return timed and 1 <= rows <= FEW
+    if not (size == v.shape[3] == 256 and rank <= 64 and 1 <= rows <= FEW):
+        return False
+    tiles = num_in * num_out
+    if rows == 1 and tiles >= FEW_TILES:
+        return True
+    return tiles * rank >= FEW_RANKS and (rows == 1 or rank >= 32)
+
+
+def _many_are_faster(rows: int, u, v) -> bool:
+    """The same of the other two, with 512 rows and more."""
+    num_in, size, num_out, _ = u.shape
+    if best_schedule(rows, u, v) == "fused":
+        return rows >= FUSED_FROM and _tiles(rows, u) >= FUSED_TILES
+    return rows >= MANY and num_in * size * num_out * v.shape[3] >= LARGE
 
 
 def best_schedule(rows: int, u, v) -> Schedule:
     """Which way to compute `x w` for so many rows; few of them as `few_are_faster` says.
 
-    The fused kernel is chosen where all of these hold:
-    - It has a tiling, see `fused.Tiling.of`.
-    - R >= 256 / c, c the thread blocks of a cluster that share copies of x: they divide J, so an
-      odd number of outputs shares none. In numbers read from the L2 cache for each row, the fused
-      kernel then needs D J / c of x, no more than the D J R / 256 that the products read of it. The
-      2 I J R that they write and read of `x u`, many times as large as x and y, come on top.
-    - Its tiles, J for every 128 rows, fill the GPU: 256 or more.
+    The fused kernel is chosen where it has a tiling (see `fused.Tiling.of`), ranks are 64 or more,
+    and its tiles, J for every 128 rows, fill a quarter of the GPU. In layers of GPT-2 and Llama-7B
+    with 4,096 and 8,192 rows and tiles of 256 it took .6 to 1.1 of the products' time at a rank of
+    64, and .75 to 1.25 at 32.
     """
     if few_are_faster(rows, u, v):
         return "split"
-    tiling = fused.Tiling.of(u, v)
-    if tiling is None:
-        return "products"
-    tiles = -(-rows // fused.ROWS) * u.shape[2]
-    return "fused" if u.shape[3] >= 256 // tiling.cluster and tiles >= 256 else "products"
+    wide = u.shape[3] >= 64 and _tiles(rows, u) >= 32
+    return "fused" if wide and fused.Tiling.of(u, v) is not None else "products"
+
+
+def _tiles(rows: int, u) -> int:
+    """How many tiles of the output the fused kernel computes."""
+    return -(-rows // fused.ROWS) * u.shape[2]
 
 
 def tsvd_forward(
