@@ -3,6 +3,7 @@
     python benchmarks/attention_gpu.py --flex 16384        # on the GPU: results/attention_gpu.json
     python benchmarks/score_map_gpu.py                     # on the GPU: results/score_map_gpu.json
     python benchmarks/profile_gpu.py                       # on the GPU: results/profile_gpu.json
+    python benchmarks/training_curves_gpu.py --data FOLDER # on the GPU: training_curves_text.json
     uv run python benchmarks/report_attention.py           # anywhere (needs the `plots` extra)
 
 A dash is a figure that the result lacks; a length or pattern that it lacks has a row that says so.
@@ -140,6 +141,26 @@ def score_maps(rows: list[dict]) -> str:
     return table(head, cells)
 
 
+def training(rows: list[dict]) -> str:
+    """Losses of the same model by what computes its attention, and how far they are apart."""
+    size, *runs, found = rows
+    cells = [
+        [run["run"], number(run["step_ms"]), f"{run['loss'][-1]:.4f}", f"{run['test_loss']:.4f}"]
+        for run in runs
+    ]  # fmt: skip
+    gaps = [[" - ".join(x["pair"]), f"{x['largest']:.5f}", f"{x['mean']:.5f}"]
+            for x in found["differences"]]  # fmt: skip
+    verdict = "agree" if found["agree"] else "do not agree"
+    return "\n\n".join([
+        f"A causal byte model of IMDB reviews, {size['layers']} layers of {size['features']} "
+        f"features, {size['length']:,} bytes, {size['steps']} steps, from the same parameters on "
+        f"the same batches. Kernels and portable XLA {verdict} within what rounding to bfloat16 "
+        "does: differences are of the losses of every tenth step.",
+        table(["attention", "ms a step", "last loss", "test loss"], cells),
+        table(["pair", "largest difference", "mean"], gaps),
+    ])  # fmt: skip
+
+
 def picture(rows: list[dict]) -> Figure:
     """Milliseconds over length, a panel for each number of head features."""
     every = sorted({row["features"] for row in rows})
@@ -185,6 +206,7 @@ def main() -> None:
         f"bfloat16, batch 1, {heads} heads, patterns per head in blocks of 128. TFLOP/s count the "
         "listed blocks alone. `x dense` and `x Flex` say how many times as long dense cuDNN and "
         "PyTorch's FlexAttention (autotuned, the same block mask) take; a dash was not measured.",
+        "[What these tables say](attention_findings.md).",
         f"![Milliseconds over length at density {SHARE}](attention_gpu.png)",
         f"## From which length on sparse is faster, at density {SHARE}", crossovers(rows),
         "Between the measured densities and lengths. A short sequence has so few blocks that a "
@@ -200,7 +222,12 @@ def main() -> None:
         text += [
             "## What the kernels wait for",
             origin("profile_gpu", profile), kernel_waits.TEXT,
-            kernel_waits.waits(profile["rows"]),
+            kernel_waits.waits(profile["rows"]), kernel_waits.SAID,
+        ]  # fmt: skip
+    if curves := read("training_curves_text", args.results.parent):
+        text += [
+            "## Training on the kernels",
+            origin("training_curves_text", curves), training(curves["rows"]),
         ]  # fmt: skip
     if maps := read("score_map_gpu", args.results.parent):
         text += [
