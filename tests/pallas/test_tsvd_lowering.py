@@ -94,14 +94,15 @@ def test_none_runs_the_kernels_where_they_are_faster(rows, rank, gradient, found
 
 
 # Rows, tile, rank, columns of tiles; the kernels that run forward.
-FEW_CHOSEN = [
+CHOSEN = [
     (1, 256, 16, 16, {"split"}), (16, 256, 64, 16, {"split"}), (17, 256, 64, 16, set()),
-    (16, 256, 80, 16, set()), (16, 512, 64, 16, set()), (16, 256, 64, 15, set()),
+    (16, 256, 80, 16, set()), (16, 512, 64, 16, set()), (16, 256, 64, 6, set()),
+    (1, 256, 16, 15, set()), (16, 256, 16, 40, set()), (512, 256, 64, 16, {"fused"}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rows", "size", "rank", "num_out", "found"), FEW_CHOSEN)
-def test_none_runs_the_kernel_for_few_rows_where_it_is_faster(rows, size, rank, num_out, found):
+@pytest.mark.parametrize(("rows", "size", "rank", "num_out", "found"), CHOSEN)
+def test_none_runs_the_kernel_for_some_rows_where_it_is_faster(rows, size, rank, num_out, found):
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     u, v = of(4, size, num_out, rank), of(num_out, 4, rank, size)
     factors, x = TiledFactors(u, v, pad_in=0, pad_out=0), of(rows, 4 * size)
@@ -117,8 +118,9 @@ def test_none_runs_the_kernel_for_few_rows_where_it_is_faster(rows, size, rank, 
     # Gradients, and a batch of few rows, which is many, are XLA's.
     squares = lambda *a: (tsvd_matmul(*a).astype(jnp.float32) ** 2).sum()
     assert not lowered(jax.grad(squares, (0, 1)), x, factors)
-    batched = jax.vmap(tsvd_matmul, (0, None))
-    assert not lowered(batched, of(5, *x.shape), factors)
+    if rows <= 17:
+        batched = jax.vmap(tsvd_matmul, (0, None))
+        assert not lowered(batched, of(5, *x.shape), factors)
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])

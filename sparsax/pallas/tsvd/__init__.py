@@ -59,10 +59,12 @@ def few_are_faster(rows: int, u, v) -> bool:
 
 def _many_are_faster(rows: int, u, v) -> bool:
     """The same of the other two, with 512 rows and more."""
-    num_in, size, num_out, _ = u.shape
-    if best_schedule(rows, u, v) == "fused":
-        return rows >= FUSED_FROM and _tiles(rows, u) >= FUSED_TILES
-    return rows >= MANY and num_in * size * num_out * v.shape[3] >= LARGE
+    (num_in, size, num_out, _), columns = u.shape, v.shape[3]
+    is_fused = best_schedule(rows, u, v) == "fused"
+    if rows >= MANY:
+        return is_fused or num_in * size * num_out * columns >= LARGE
+    timed = is_fused and size == columns == 256 and rows >= FUSED_FROM
+    return timed and _tiles(rows, u) >= FUSED_TILES
 
 
 def best_schedule(rows: int, u, v) -> Schedule:
