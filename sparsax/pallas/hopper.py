@@ -1,8 +1,8 @@
 """The few idioms of a Hopper kernel that every kernel here shares.
 
-Thread "wg" of a kernel is a warpgroup: `COMPUTE` of them multiply, the last one only copies tiles
-to shared memory. Everything that GPU interpret mode cannot run the way the hardware does is in
-`TensorCores`, and nowhere else.
+Thread "wg" of a kernel is a warpgroup: teams of `COMPUTE` multiply, one as a rule, and the last one
+only copies tiles to shared memory. Everything that GPU interpret mode cannot run the way the
+hardware does is in `TensorCores`, and nowhere else.
 """
 
 import dataclasses

@@ -82,6 +82,8 @@ CASES = tuple(
         Case(name="many_columns", T=384, H=64, B=1, make=many_columns),
         Case(name="many_columns_causal", T=384, H=64, B=1, make=many_columns),
         Case(name="rows", T=331, H=64, make=parts(rows=POSITIONS, num_rows=COUNTS)),
+        Case(name="rows_whole_tiles", T=256, H=64, make=lambda c: CompoundPattern.from_parts(
+            c.T, rows=np.array([[3, 150], [64, 0]]), num_rows=np.array([2, 1]))),
         Case(name="rows_causal", T=331, H=64, own=True,
              make=parts(rows=POSITIONS, num_rows=COUNTS, causal=True)),
         Case(name="longformer", T=331, H=64, make=longformer()),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparsax import Band, CompoundPattern, compound_attention, pallas, patterns
+from sparsax.pallas.block_sparse import attention, schedule
 from sparsax.pallas.block_sparse.schedule import NOTHING
 from sparsax.patterns import compound
 from tests.helpers import assert_near
@@ -65,6 +66,20 @@ def check(c):
 def test_interpreted_kernels_match_the_reference_without_races(name):
     with pallas.interpreted(detect_races=True):
         check(case(name))
+
+
+@pytest.mark.usefixtures("no_races", "fresh")
+def test_two_teams_share_what_is_dealt_beforehand(monkeypatch):
+    # Global rows alone need no mask, and so two teams do them; each has several row tiles here.
+    monkeypatch.setattr(schedule, "multiprocessors", lambda: 2)
+    plans, make = [], attention.forward_kernel
+    monkeypatch.setattr(
+        attention, "forward_kernel", lambda *a, **k: plans.append(a[1]) or make(*a, **k)
+    )
+    with pallas.interpreted(detect_races=True):
+        check(case("rows_whole_tiles"))
+    (plan,) = plans
+    assert (plan.beforehand, plan.teams, plan.dealt) == (True, 2, 3)
 
 
 def test_without_any_part_no_kernel_runs_and_nothing_attends():

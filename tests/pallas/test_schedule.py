@@ -78,15 +78,19 @@ works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=20)
     owners=st.integers(1, 3),
     copies=st.integers(1, 4),
     longest=st.sampled_from((9, 400)),
+    teams=st.integers(1, 2),
 )
-def test_every_tile_of_every_row_and_copy_is_done_exactly_once(work, owners, copies, longest):
+def test_every_tile_of_every_row_and_copy_is_done_exactly_once(
+    work, owners, copies, longest, teams
+):
     work = np.resize(np.array(work, np.int32), (owners, len(work)))
-    plan = Schedule(owners, work.shape[1], copies, longest)
+    plan = Schedule(owners, work.shape[1], copies, longest, teams=teams)
     table, splits = table_of(plan, work, work + 7)
     done = [[] for _ in range(work.size * copies)]
     items = [
-        item_of(plan, table, block, slot, (work + 7,))
+        item_of(plan, table, plan.number(block, team), slot, (work + 7,))
         for block in range(plan.thread_blocks)
+        for team in range(teams)
         for slot in range(max(plan.dealt, plan.left) + 1)
     ]
     parts = {}
@@ -171,6 +175,17 @@ def test_thread_blocks_that_stay_do_most_and_the_rest_is_done_one_by_one():
     assert Schedule(1, 8, 1, 8).staying == 0
 
 
+def test_two_teams_share_a_multiprocessor_only_once_all_are_busy():
+    few = Schedule(1, 100, 1, 31, teams=2)
+    assert (few.staying, few.thread_blocks) == (0, 100)
+    assert few.number(99, 0) == 99
+    more = Schedule(2, 100, 1, 31, teams=2)
+    assert more.thread_blocks == multiprocessors()
+    many = Schedule(16, 128, 1, 31, teams=2)
+    assert many.staying == 2 * multiprocessors()
+    assert [int(many.number(0, team)) for team in (0, 1)] == [0, multiprocessors()]
+
+
 def test_copies_that_keep_the_gpu_busy_leave_rows_whole():
     plan = Schedule(1, 64, 600, 4000)
     work = np.full((1, 64), 5)
@@ -198,7 +213,13 @@ def test_rows_of_known_work_are_dealt_beforehand_and_evenly(copies, teams):
     table, splits = deal(plan, jnp.asarray(count), interpret=None)
     assert splits is None
     table, done, busy = np.asarray(table), [], []
-    for team in range(plan.thread_blocks * teams):
+    numbers = [
+        int(plan.number(block, team))
+        for block in range(plan.thread_blocks)
+        for team in range(teams)
+    ]
+    assert plan.thread_blocks == min(multiprocessors(), owners * tiles * copies)
+    for team in numbers:
         looked = [plan.look(team, slot, table) for slot in range(plan.dealt + 2)]
         items = [
             plan.item(*plan.read(team, slot, seen, table, None, (count,)))

@@ -53,7 +53,8 @@ def _run_forward(
     problem: Problem, config: Config, interpret, expected: Expected, lists, ids, q, k, v,
     listed_rows,
 ):  # fmt: skip
-    schedule, table, splits = _of_queries(problem, lists, expected, interpret)
+    teams = config.forward.teams
+    schedule, table, splits = _of_queries(problem, lists, expected, interpret, teams)
     kernel = forward_kernel(
         problem, schedule, lists.bits is not None, **config.forward.keywords, interpret=interpret
     )
@@ -167,12 +168,14 @@ def _of_keys(
     return jax.tree.map(lambda *halves: jnp.concatenate(halves, -1), *found)
 
 
-def _of_queries(problem: Problem, lists: TileLists, expected: Expected, interpret):
+def _of_queries(
+    problem: Problem, lists: TileLists, expected: Expected, interpret, teams: int = 1
+):  # fmt: skip
     """The schedule of the forward pass and of dQ, its table and that of split rows."""
     work = units(jnp.maximum(lists.count, 0), problem.block_kv)
     longest = units(lists.cols.shape[-1], problem.block_kv)
     copies = problem.B // problem.samples * (problem.N // problem.P)
-    schedule = Schedule(problem.owners, work.shape[1], copies, longest, expected)
+    schedule = Schedule(problem.owners, work.shape[1], copies, longest, expected, teams)
     return schedule, *deal(schedule, work, lists.full, lists.count, interpret=interpret)
 
 

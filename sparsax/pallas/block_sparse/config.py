@@ -97,4 +97,7 @@ CODED = {
 def best_config(problem: Problem, masked: bool) -> Config:
     """The configuration for a problem."""
     table = TABLE if not masked else MASKED if problem.rule is None else PLACED
-    return table[problem.H]
+    config = table[problem.H]
+    if config.forward.teams > 1 and problem.block_kv < config.forward.tile:
+        return MASKED[problem.H]  # a tile gathers blocks, and masks those that are not there
+    return config

@@ -26,6 +26,7 @@ from sparsax.pallas.hopper import (
     COMPUTE,
     LOG2E,
     MATRIX,
+    REGISTERS,
     ROW,
     WG_ROWS,
     Ring,
@@ -166,7 +167,7 @@ def dkv_kernel(
 
         @pl.when(wg < COMPUTE)
         def compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(REGISTERS[1][1], action="increase")
             order = Turns(turn_bars, wg)
             order.open()
             row_in_tile = wg * WG_ROWS

@@ -22,6 +22,7 @@ from sparsax.pallas.hopper import (
     COMPUTE,
     LOG2E,
     MATRIX,
+    REGISTERS,
     ROW,
     WG_ROWS,
     Ring,
@@ -66,7 +67,7 @@ def dq_kernel(
 
         @pl.when(wg < COMPUTE)
         def compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(REGISTERS[1][1], action="increase")
             order = Turns(turn_bars, wg)
             order.open()
 

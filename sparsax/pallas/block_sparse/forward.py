@@ -4,7 +4,6 @@ Shah et al., "FlashAttention-3" (arXiv 2407.08608), algorithm 2: while the tenso
 probabilities of one tile with its values, the warpgroup computes the softmax of the next tile.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -51,9 +50,8 @@ def forward_kernel(
 
     It returns `*o [B, T, N, H]` and `lse [B, N, T']` in units of log 2, T' all positions, padded to
     row tiles; and of the pieces of split rows the same in float32, `[part and copy, 128, H]` and
-    `[.., 128]`.
+    `[.., 128]`. The schedule is one of as many teams.
     """
-    schedule = dataclasses.replace(schedule, teams=teams)
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
     masked, scale = columns.masked(bits), x.scale * LOG2E
     gain = scale if scale > 0 else 1.0  # a positive factor may wait until after max and mask

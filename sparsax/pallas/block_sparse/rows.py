@@ -77,7 +77,7 @@ class QueryTile:
 
 @dataclasses.dataclass(frozen=True)
 class QueryTiles:
-    """The row tiles of queries that one thread block does, one after another."""
+    """The row tiles of queries that a team does, one after another."""
 
     problem: Problem
     columns: Columns
@@ -99,10 +99,10 @@ class QueryTiles:
 
     def each(self, team, visit, carry):
         """`visit(tile, carry)` for the tiles of a team of the thread block in turn."""
-        block = lax.axis_index("item") * self.schedule.teams + team
+        number = self.schedule.number(lax.axis_index("item"), team)
         go = lambda item, carry: visit(self.tile(item), carry)
         extra = self.lists.full, self.lists.count
-        return self.schedule.each(block, self.lists.table, go, carry, extra)
+        return self.schedule.each(number, self.lists.table, go, carry, extra)
 
     def copy(
         self, team, of_rows, rows_ring: Ring, k: Segments, v: Segments, k_smem, v_smem, ids_smem,

@@ -2,11 +2,11 @@
 
 The GPU hands thread blocks out in order, each as soon as a multiprocessor is free. A thread block
 that does several tiles hides the loads of the next behind the current one, but many of them of
-equal length leave multiprocessors idle at the end: so one for each multiprocessor does nineteen of
-twenty tiles, and thread blocks of one tile each, handed out to whoever is done, even out the rest.
-The long rows of every head start first, and are cut where one of them would outlast everything
-else; the other rows of a head run together, since they share its columns in the L2 cache. Where the
-work of rows is known without the data, all of them are dealt beforehand, evenly.
+equal length leave multiprocessors idle at the end: so one for each multiprocessor does most of the
+tiles, and thread blocks of one tile for each of their teams, handed out to whoever is done, even
+out the rest. The long rows of every head start first, and are cut where one of them would outlast
+everything else; the other rows of a head run together, since they share its columns in the L2
+cache. Where the work of rows is known without the data, all of them are dealt beforehand, evenly.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ EARLY = 8  # this fraction of each head's rows, the longest ones, is done before
 
 
 class Item(NamedTuple):
-    """What a thread block reads about one of its row tiles; scalars of the kernel."""
+    """What a team reads about one of its row tiles; scalars of the kernel."""
 
     row: Any  # -1: nothing to do
     owner: Any  # pattern head, or kv head where several pattern heads share one
@@ -105,8 +105,8 @@ class Schedule:
 
         They are of rows and copies; -1 is nothing.
         """
-        teams = min(multiprocessors() * self.teams, self.rows * self.copies)
-        return _evenly(self.expected.of_rows, self.owners, self.copies, teams)
+        blocks = min(multiprocessors(), self.rows * self.copies)
+        return _evenly(self.expected.of_rows, self.owners, self.copies, blocks * self.teams)
 
     @property
     def items(self) -> int:
@@ -150,17 +150,38 @@ class Schedule:
     @property
     def thread_blocks(self) -> int:
         """Thread blocks of the launch."""
-        return -(-(self.staying + self.passing) // self.teams)
+        return self._first_passing + self._passing_blocks
 
-    def look(self, block, slot, table):
+    @property
+    def _first_passing(self) -> int:
+        """The first thread block whose teams do not stay."""
+        return self.staying // self.teams
+
+    @property
+    def _passing_blocks(self) -> int:
+        """Thread blocks whose teams pass: as many as are busy at once, before any gets two."""
+        return max(-(-self.passing // self.teams), min(self.passing, multiprocessors()))
+
+    def number(self, block, team):
+        """Which of all teams one of a thread block is: the first ones of all blocks come first.
+
+        So where there is little to do, and for the longest rows, each has a multiprocessor.
+        """
+        if self.teams == 1:
+            return block
+        first, passing = self._first_passing, block - self._first_passing
+        passing = self.staying + passing + team * self._passing_blocks
+        return jnp.where(block < first, block + team * first, passing)
+
+    def look(self, team, slot, table):
         """What `read` has to know of an item; nothing where the item's number says it all."""
         if not self.beforehand:
             return None
-        place = jnp.minimum(slot, self.dealt - 1) * self.staying + block
-        there = (slot < self.dealt) & (block < self.staying)
+        place = jnp.minimum(slot, self.dealt - 1) * self.staying + team
+        there = (slot < self.dealt) & (team < self.staying)
         return jnp.where(there, table[jnp.minimum(place, self.dealt * self.staying - 1)], -1)
 
-    def read(self, block, slot, seen, table, added, extra):
+    def read(self, team, slot, seen, table, added, extra):
         """What `item` makes item number `slot` of a team of.
 
         From a reference to what `deal` wrote; `added` is its first number, and `seen` what `look`
@@ -174,14 +195,14 @@ class Schedule:
             whole = index, jnp.int32(0), jnp.int32(self.longest), jnp.int32(-1)
             return seen >= 0, copy, *whole, *(x[owner, row] for x in extra)
         dealt, ahead = self.dealt * self.staying, self.owners * self.copies
-        # Folded, so that a thread block gets long and short ones.
-        fold = jnp.where(slot % 2 == 1, self.staying - 1 - block, block) + slot * self.staying
-        stays = block < self.staying
-        place = jnp.where(stays, fold, dealt + block - self.staying + slot * self.passing)
+        # Folded, so that a team gets long and short ones.
+        fold = jnp.where(slot % 2 == 1, self.staying - 1 - team, team) + slot * self.staying
+        stays = team < self.staying
+        place = jnp.where(stays, fold, dealt + team - self.staying + slot * self.passing)
         pieces = added * self.copies  # the added ones, which come before all rows
         there = (slot < self._slots(stays)) & (place < pieces + self.rows * self.copies)
-        if (self.staying + self.passing) % self.teams:
-            there &= block < self.staying + self.passing
+        if self.teams > 1:
+            there &= team < self.staying + self.passing
         place = jnp.where(there, place, 0)
         early = jnp.maximum(place - pieces, 0)
         later = jnp.maximum(early - self.early * ahead, 0)
@@ -207,14 +228,14 @@ class Schedule:
     def _slots(self, stays):
         return jnp.where(stays, jnp.int32(self.dealt), jnp.int32(self.left))
 
-    def each(self, block, table, visit, carry, extra=()):
+    def each(self, team, table, visit, carry, extra=()):
         """`visit(item, carry)` for the items of a team, each read one ahead.
 
         `extra` are references to what `deal` was given besides work.
         """
         added = None if self.beforehand else table[0]
-        look = lambda slot: self.look(block, slot, table)
-        read = lambda slot, seen: self.read(block, slot, seen, table, added, extra)
+        look = lambda slot: self.look(team, slot, table)
+        read = lambda slot, seen: self.read(team, slot, seen, table, added, extra)
 
         def go(slot, state):
             seen, fields, carry = state
@@ -223,7 +244,7 @@ class Schedule:
 
         first, second = jnp.int32(0), jnp.int32(1)
         start = look(second), read(first, look(first)), carry
-        return lax.fori_loop(0, self._slots(block < self.staying), go, start)[2]
+        return lax.fori_loop(0, self._slots(team < self.staying), go, start)[2]
 
 
 @functools.lru_cache

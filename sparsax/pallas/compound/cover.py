@@ -84,7 +84,8 @@ def expected_work(x: Problem, pattern: CompoundPattern, keys_in_rows: bool) -> E
     """Units of work in a head's lists of bands and blocks, as far as no data says.
 
     As if nothing were padding, and every list of blocks as long as its capacity. Of patterns of
-    bands, columns and rows the work of each row tile is known, unless padding leaves some nothing.
+    bands, columns and rows the work of each row tile is known, unless padding leaves some nothing:
+    at most, where causal or with columns and rows to spare.
     """
     blocks = pattern.blocks
     bands = cover(x, dataclasses.replace(pattern, blocks=None), keys_in_rows).present[0]
