@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -63,7 +64,7 @@ def save(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
 
 def command() -> str:
     """What runs."""
-    return " ".join(["python", *sys.argv])
+    return shlex.join(["python", *sys.argv])
 
 
 @functools.cache

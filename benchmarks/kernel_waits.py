@@ -33,11 +33,11 @@ SAID = (
     "waits. Its warps wait 1.0 cycles for what they loaded and for barriers, of which dense has "
     "half; a list is short, and each row tile begins and ends one. With 128 features dQ has the "
     "tensor cores at 83 %, more than dense cuDNN's backward pass with its 65; dK and dV, at 68 %, "
-    "wait for shared memory: 2.4 cycles, five times as long as dense, since they read lse and "
-    "delta of a tile only after they have awaited its products. Compound attention's forward "
-    "kernels have no pipe busy for more than 34 %. Most of their tiles need a mask, and lists of "
-    "three to six tiles leave little between a row's first and last product. The tables' own run, "
-    "longer and warmer, has 389 us for the forward kernel of 128 features."
+    "wait for shared memory: 2.4 cycles, five times as long as dense; they read lse and delta "
+    "of a tile only after they have awaited its products, which may be why. Compound attention's "
+    "forward kernels have no pipe busy for more than 34 %. Most of their tiles need a mask, and "
+    "lists of three to six tiles leave little between a row's first and last product. The tables' "
+    "own run, longer and warmer, has 389 us for the forward kernel of 128 features."
 )
 
 

@@ -91,12 +91,13 @@ def copying(wg, teams: int | None = None) -> Callable[[Callable[..., None]], Non
     A warpgroup gathers its warps before every copy; one warp need not, and leaves more of the
     issue slots to the warpgroups that compute. It is told which team it copies for.
     """
+    many = teams or 1
 
     def decorate(copy):
-        @pl.when(wg == (teams or 1) * COMPUTE)
+        @pl.when(wg == many * COMPUTE)
         def _():
-            plgpu.set_max_registers(REGISTERS[teams or 1][0], action="decrease")
-            of_warp = lambda warp: pl.when(warp < (teams or 1))(lambda: copy(warp))
+            plgpu.set_max_registers(REGISTERS[many][0], action="decrease")
+            of_warp = lambda warp: pl.when(warp < many)(lambda: copy(warp))
             copy() if teams is None else plgpu.warp_map(of_warp)
 
     return decorate

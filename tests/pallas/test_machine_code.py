@@ -20,7 +20,8 @@ pytestmark = [
 ]
 
 # Bytes that the kernels of (head dim, masked) may spill, 0 where nothing is said. The masked loop
-# of a kernel spills around the arithmetic of the mask; 256 features do not fit in the registers.
+# of a kernel spills around the arithmetic of the mask, and where a row's sums are held beside the
+# first tile of the next row; 256 features do not fit in the registers.
 SPILLS = {
     (64, True): {"dq": 52},
     (128, True): {"forward": 4, "dkv": 72},

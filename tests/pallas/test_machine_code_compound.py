@@ -11,7 +11,8 @@ from tests.pallas.test_machine_code import SERIALISED, SPILL
 from tests.pallas.test_machine_code import pytestmark as pytestmark
 
 # Bytes that the kernels of a head dim may spill, 0 where nothing is said. Beside the arithmetic of
-# the mask, ids of keys and the code that cuts long rows want registers.
+# the mask, ids of keys, the code that cuts long rows, and a row's sums beside the first tile of the
+# next row want registers.
 SPILLS = {
     32: {"dq": 48, "dkv": 56},
     96: {"forward": 72, "dkv": 56},
