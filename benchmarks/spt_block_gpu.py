@@ -7,13 +7,15 @@ r"""One Transformer block fine-tuned on this machine's GPU: all of it, LoRA, SPT
 Forward, backward and Adam, bfloat16, ReLU (OPT's block), 8,192 tokens or one sequence. SPT is LoRA
 of rank 16, 2 of 4 blocks of the feed-forward layer, and an eighth of the keys. Attention is
 "materialised" (what the paper's baselines had), "flash" (cuDNN; SPT then has the routed layer
-alone), "top_l" (exact, for memory) or "blocks" (blocks of 128 by vote, for speed). Milliseconds are
-medians over runs of queued steps. MiB are what a step holds at its peak by XLA's buffer assignment:
-parameters, optimizer, input, output and temporaries. Routers and codebooks are random: what is
-computed is the same, but for "blocks", whose votes spread as those of random keys do.
+alone), "top_l" (exact, by tables), "match" (exact, by equal codes, which has kernels; the paper's)
+or "blocks" (blocks of 128 by vote of equal codes, for speed). Milliseconds are medians over runs of
+queued steps. MiB are what a step holds at its peak by XLA's buffer assignment: parameters,
+optimizer, input, output and temporaries. Routers and codebooks are random: what is computed is the
+same, but for "blocks", whose votes spread as those of random keys do.
 """
 
 import argparse
+import dataclasses
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -36,17 +38,18 @@ LORA = LoRA(path=PROJECTIONS, rank=RANK)
 ROUTED = Routed(path="ffn", num_blocks=4, active=2, tokens=0, lora_rank=RANK, frozen=True)
 TUNED = nnx.Any(nnx.LoRAParam, RouterParam)
 TOKENS = 8192  # of a batch
-KINDS = ("materialised", "flash", "top_l", "blocks")  # of attention
+KINDS = ("materialised", "flash", "top_l", "match", "blocks")  # of attention
 
 
 def ways(keep: int) -> dict[tuple[str, str], tuple[list, object]]:
     """Rules and what is trained, by way and kind of attention."""
     lora = [LoRA(path=rf"{PROJECTIONS}|ffn\.(up|down)", rank=RANK)]
     top_l = TopL(path="attention", keep=keep, sequences=0)
-    blocks = TopL(path="attention", keep=keep, sequences=0, select="blocks", block=128)
+    match = dataclasses.replace(top_l, score="match")
+    blocks = dataclasses.replace(match, select="blocks", block=128)
     dense = {"full": ([], nnx.Param), "LoRA": (lora, nnx.LoRAParam)}
     found = {(way, kind): dense[way] for way in dense for kind in ("materialised", "flash")}
-    spt = {"flash": [], "top_l": [top_l], "blocks": [blocks]}
+    spt = {"flash": [], "top_l": [top_l], "match": [match], "blocks": [blocks]}
     return found | {("SPT", k): ([LORA, ROUTED, *rules], TUNED) for k, rules in spt.items()}
 
 
@@ -131,7 +134,7 @@ def main() -> None:
     )
     parser.add_argument("--features", type=int, nargs="+", default=[1024, 2048, 2560, 4096, 5120])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS[:3]))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS[:4]))
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--flash", default="cudnn", choices=["cudnn", "xla"])
     parser.add_argument("--routed", choices=["xla", "pallas"], help="of the routed FFN")
