@@ -8,7 +8,7 @@ bfloat16, causal, 16 heads of 64 features, 8 codes each, L = T / 8 keys kept; 32
 or one sequence. Milliseconds are medians over runs of calls inside one jitted loop; those of "ours"
 hold the choice, which "select" times alone. Beside ours: dense causal attention; our portable
 implementation up to `--xla-until` tokens, as long as its scores fit; and blocks of 64 by vote on
-the block-sparse kernels, their choice ("vote", portable in every case) again within and alone.
+the block-sparse kernels, 8 queries of a block voting; their choice, "vote", again within and alone.
 Codes are random bits: only the vote's blocks, not their number, follow from them. They are given: a
 layer makes them from queries and keys, which "encode" times and no other part holds; "encode_adc"
 does so with the tables of the other score. MiB: what XLA reserves for forward and backward beside
@@ -53,17 +53,22 @@ def choose(codes: Codes, keep: int, implementation: str):
     return kept.tau, kept.first
 
 
+def vote(codes: Codes, *, keep: int, implementation: str) -> sparsax.BlockPattern:
+    """The blocks of every sample, in kernels or without."""
+    return sparsax.top_l_blocks(
+        codes, keep=keep, block=BLOCK, causal=True, implementation=implementation
+    )
+
+
 def over_blocks(q, k, v, codes: Codes, *, keep: int, implementation: str):
-    """As `sparsax.nn.TopLAttention(select="blocks")`: each sample over the blocks of its vote."""
-
-    def one(sample):
-        q, k, v, pattern = sample
-        attend = sparsax.block_sparse_attention
-        of_one = (x[None] for x in (q, k, v))
-        return attend(*of_one, pattern, causal=True, implementation=implementation)[0]
-
-    pattern = topl.blocks(codes, keep=keep, block=BLOCK, causal=True)
-    return jax.lax.map(one, (q, k, v, pattern))
+    """As `sparsax.nn.TopLAttention(select="blocks")`: heads of all samples as if of one."""
+    heads = lambda x: x.swapaxes(0, 1).reshape(1, x.shape[1], -1, x.shape[-1])
+    pattern = vote(codes, keep=keep, implementation=implementation)
+    pattern = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pattern)
+    o = sparsax.block_sparse_attention(
+        heads(q), heads(k), heads(v), pattern, causal=True, implementation=implementation
+    )
+    return o.reshape(q.shape[1], q.shape[0], *q.shape[2:]).swapaxes(0, 1)
 
 
 def parts(batch: int, length: int, args) -> dict:
@@ -100,7 +105,7 @@ def parts(batch: int, length: int, args) -> dict:
         "dense": lambda: start(dense).time(arrays),
         "blocks": lambda: start(blocks, codes).time(arrays, codes),
         "vote": lambda: alone(
-            lambda codes: topl.blocks(codes, keep=keep, block=BLOCK, causal=True), codes
+            functools.partial(vote, keep=keep, implementation=args.implementation), codes
         ),
         "xla": lambda: start(attend("xla"), codes).time(arrays, codes),
     }

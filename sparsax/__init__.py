@@ -34,3 +34,4 @@ from sparsax.routing import split_ffn as split_ffn
 from sparsax.slices import SlicePlan as SlicePlan
 from sparsax.slices import slice_plan as slice_plan
 from sparsax.top_l import top_l_attention as top_l_attention
+from sparsax.top_l import top_l_blocks as top_l_blocks

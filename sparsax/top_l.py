@@ -8,6 +8,7 @@ import jax
 from jaxtyping import Array, Bool
 
 from sparsax import checks, pallas, reference, xla
+from sparsax.layouts import BlockPattern
 from sparsax.patterns import topl
 from sparsax.quantise import Codes
 from sparsax.typing import Implementation, Key, Query, Value
@@ -30,7 +31,7 @@ def top_l_attention(
     The choice is exact: the L best by integer scores, the most recent of equals, the own key
     always, all keys where a query sees fewer than L. It is stored as two integers a query and found
     again from the codes, so memory is linear in the length. Scores of all pairs are computed: this
-    saves memory, not time (`select="blocks"` of `sparsax.nn.TopLAttention` saves time). The kernels
+    saves memory, not time (`top_l_blocks` saves time). The kernels
     hold none of them in memory, neither for the choice nor for attention.
     Differentiable in reverse mode (the choice itself has no gradient), works under jit, vmap, scan,
     `jax.checkpoint` and shard_map (batch and heads), and is deterministic.
@@ -98,6 +99,64 @@ def top_l_attention(
     choice = codes.queries, codes.keys, tau, first, key_mask
     q, k, v = xla.vary_alike((q, k, v), *jax.tree.leaves(choice))
     return _attend(_Call(chosen, codes.num_codes, scale, causal, interpret), q, k, v, *choice)
+
+
+def top_l_blocks(
+    codes: Codes,
+    *,
+    keep: int,
+    block: int = 64,
+    voters: int | None = 8,
+    causal: bool = False,
+    key_mask: Bool[Array, "B S"] | None = None,
+    implementation: Implementation | None = None,
+) -> BlockPattern:
+    """The blocks of keys that hold most of the L best keys of the queries of a block, by vote.
+
+    The pattern of `sparsax.patterns.topl.blocks`, which says how it is found. Scores of the voters
+    with all keys are computed: with 8 voters in blocks of 128, a sixteenth of all pairs.
+
+    Args:
+        codes: of queries and keys, from `ProductQuantizer.codes`.
+        keep: L, votes of a query and, rounded up to blocks, keys that it attends to.
+        block: tokens in a block, of queries and of keys.
+        voters: queries of a block that vote, a divisor of `block`; all of them when None.
+        causal: whether a query sees keys of its own index and below only. Give the attention over
+            the pattern the same.
+        key_mask: False where a token is padding: it neither votes nor is voted for.
+        implementation: "xla" (any device; "reference" is the same, as whole numbers leave nothing
+            to differ), "pallas" (Hopper GPUs; codes of score="match", at most 16 of a token and
+            head, blocks of 32, 64 or 128), or None for "pallas" where it can and "xla" elsewhere. A
+            name runs or raises.
+
+    Returns:
+        A stacked pattern, one for each sample with a pattern head for each kv head: `[B, K, I]`.
+
+    Raises:
+        ValueError: lengths, L, blocks, voters or a name are wrong.
+        NotImplementedError: the named implementation cannot do this.
+
+    Source: Gui et al., "SPT" (arXiv 2312.10365), section 4.1, for the scores.
+
+    Example:
+        >>> import jax
+        >>> import sparsax
+        >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 256, 4, 32))
+        >>> quantizer = sparsax.ProductQuantizer.fit(jax.random.key(1), k, queries=q)
+        >>> pattern = sparsax.top_l_blocks(quantizer.codes(q, k), keep=64, block=32, causal=True)
+        >>> pattern.kv_num_blocks[0, 0].tolist()
+        [1, 2, 2, 2, 2, 2, 2, 2]
+    """
+    stride = topl.check_voters(codes, keep, key_mask, block, voters)
+    refused = pallas.top_l.votes_refusal(codes, block)
+    chosen = checks.implementation(implementation, "xla" if refused else "pallas")
+    static = {"keep": keep, "block": block, "stride": stride, "causal": causal}
+    if chosen == "pallas":
+        checks.kernel_runs(refused)
+        found = pallas.top_l.votes(codes, key_mask, **static, interpret=pallas.interpret())
+    else:
+        found = topl.votes(codes, **static, key_mask=key_mask)
+    return topl.elect(found, codes, **static)
 
 
 @dataclasses.dataclass(frozen=True)

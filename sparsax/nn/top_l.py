@@ -11,9 +11,8 @@ from sparsax.attention import block_sparse_attention
 from sparsax.nn.attention import SparseAttention
 from sparsax.nn.projections import attention_projections, out_shape
 from sparsax.nn.rotary import rotate
-from sparsax.patterns import topl
 from sparsax.quantise import ProductQuantizer, Score
-from sparsax.top_l import top_l_attention
+from sparsax.top_l import top_l_attention, top_l_blocks
 from sparsax.typing import Implementation
 
 Select = Literal["tokens", "blocks"]
@@ -45,10 +44,12 @@ class TopLAttention(nnx.Module):
         keep: L, keys that a query keeps; T when the sequence is shorter.
         select: "tokens", exactly the L best keys (memory and quality), or "blocks", the blocks
             of keys that hold most of them, by vote (speed), see `sparsax.patterns.topl`.
-        score: "adc" or "match", see `ProductQuantizer.codes`.
+        score: "adc" or "match", see `ProductQuantizer.codes`; None is "adc", which finds more of
+            the mass, to select "tokens", and "match", whose votes have a kernel, for "blocks".
         num_kv_heads: key and value heads K, a divisor of N; N when None.
         head_dim: features H of a head, a multiple of 8; D / N when None.
         block: tokens in a block, for select="blocks".
+        voters: queries of a block that vote, see `sparsax.top_l_blocks`, for select="blocks".
         causal: whether a token sees only itself and what came before.
         rotary: base of rotary positions, see `sparsax.nn.rotate`; None is without.
         use_bias: whether the projections have a bias.
@@ -82,10 +83,11 @@ class TopLAttention(nnx.Module):
         *,
         keep: int,
         select: Select = "tokens",
-        score: Score = "adc",
+        score: Score | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         block: int = 64,
+        voters: int | None = 8,
         causal: bool = False,
         rotary: float | None = None,
         use_bias: bool = True,
@@ -100,11 +102,15 @@ class TopLAttention(nnx.Module):
             rngs=rngs,
         )  # fmt: skip
         num_kv_heads, head_dim = out_shape(self.key)
+        score = score or ("match" if select == "blocks" else "adc")
         _check(head_dim, keep, select, score, decay)
         shape = num_kv_heads, head_dim // 8, 16
         self.codebooks = Codebooks(jax.random.normal(rngs.params(), (*shape, 8)))
         self.codebook_weights = CodebookWeights(jnp.full(shape, 1 / 16))
-        self.keep, self.block, self.causal, self.decay = keep, block, causal, decay
+        if select == "blocks" and voters is not None and (voters < 1 or block % voters):
+            raise ValueError(f"voters must divide the {block} queries of a block; got {voters}.")
+        self.keep, self.causal, self.decay = keep, causal, decay
+        self.block, self.voters = block, voters
         self.rotary = rotary
         self.select: Select = select
         self.score: Score = score
@@ -186,9 +192,10 @@ class TopLAttention(nnx.Module):
                 implementation=self.implementation,
             )  # fmt: skip
         else:
-            pattern = topl.blocks(
-                codes, keep=keep, block=self.block, causal=self.causal, key_mask=key_mask
-            )
+            pattern = top_l_blocks(
+                codes, keep=keep, block=self.block, voters=self.voters, causal=self.causal,
+                key_mask=key_mask, implementation=self.implementation,
+            )  # fmt: skip
             o = self._over_blocks(q, k, v, pattern, key_mask)
         return self.out(o)
 
@@ -199,19 +206,22 @@ class TopLAttention(nnx.Module):
         return q, k, v
 
     def _over_blocks(self, q, k, v, pattern, key_mask):
-        """Attention of every sample over its own pattern, one after another.
+        """Attention of every sample over its own pattern."""
+        options = {"causal": self.causal, "implementation": self.implementation}
+        if key_mask is None:
+            # Heads may have patterns of their own: those of all samples, as if of one.
+            (batch, length, *_), tree = q.shape, jax.tree.map
+            heads = lambda x: x.swapaxes(0, 1).reshape(1, length, -1, x.shape[-1])
+            pattern = tree(lambda x: x.reshape(-1, *x.shape[2:]), pattern)
+            o = block_sparse_attention(heads(q), heads(k), heads(v), pattern, **options)
+            return o.reshape(length, batch, *q.shape[2:]).swapaxes(0, 1)
 
-        Under vmap the walk over lists of different lengths would go as far as the longest sample's
-        and copy all results at every step.
-        """
-
+        # One after another: under vmap the walk over lists of different lengths would go as far as
+        # the longest sample's and copy all results at every step.
         def one(sample):
             q, k, v, pattern, mask = jax.tree.map(lambda x: x[None], sample)
             pattern = jax.tree.map(lambda x: x[0], pattern)
-            return block_sparse_attention(
-                q, k, v, pattern, causal=self.causal, key_mask=mask,
-                implementation=self.implementation,
-            )[0]  # fmt: skip
+            return block_sparse_attention(q, k, v, pattern, key_mask=mask, **options)[0]
 
         return jax.lax.map(one, (q, k, v, pattern, key_mask))
 

@@ -105,20 +105,23 @@ def blocks(
     *,
     keep: int,
     block: int = 64,
+    voters: int | None = None,
     causal: bool = False,
     key_mask: Bool[Array, "B S"] | None = None,
 ) -> BlockPattern:
     """The blocks of keys that hold most of the L best keys of the queries of a block.
 
-    Every query of a block, of every head of a group, votes for the blocks of its L best keys. The
-    own block and the first one (the sink) are always kept. All rows of blocks have
+    Queries of a block, of every head of a group, vote for the blocks of their L best keys. The own
+    block and the first one (the sink) are always kept. All rows of blocks have
     `max(2, ceil(keep / block))` entries, as far as there are that many: what is kept costs the same
-    for all data, and new data does not recompile.
+    for all data, and new data does not recompile. `sparsax.top_l_blocks` is the same with kernels.
 
     Args:
         codes: of queries and keys, from `ProductQuantizer.codes`.
         keep: L, votes of a query and, rounded up to blocks, keys that it attends to.
         block: tokens in a block, of queries and of keys.
+        voters: queries of a block that vote, every `block / voters`-th from its first on, at a cost
+            in proportion; all of them when None.
         causal: whether a query sees keys of its own index and below only. Give the attention over
             the pattern the same.
         key_mask: False where a token is padding: it neither votes nor is voted for.
@@ -128,10 +131,21 @@ def blocks(
         `block_sparse_attention` takes one of them: vmap or `lax.map` over samples.
 
     Raises:
-        ValueError: as for `tokens`; or a block is longer than the sequence.
+        ValueError: as for `tokens`; or a block is longer than the sequence, or voters do not divide
+            it.
     """
-    length = check_codes(codes, keep, key_mask)
-    num_blocks, _ = check_blocks(length, length, block, block)
+    stride = check_voters(codes, keep, key_mask, block, voters)
+    counts = votes(codes, keep=keep, block=block, stride=stride, causal=causal, key_mask=key_mask)
+    return elect(counts, codes, keep=keep, block=block, stride=stride, causal=causal)
+
+
+def votes(
+    codes: Codes, *, keep: int, block: int, stride: int, causal: bool,
+    key_mask: Bool[Array, "B S"] | None,
+) -> Int[Array, "B K I J"]:  # fmt: skip
+    """How many pairs of two blocks are kept, of every `stride`-th query."""
+    length = codes.queries.shape[1]
+    num_blocks, each = -(-length // block), block // stride
     pad = num_blocks * block - length
 
     def vote(scores, rows):
@@ -141,13 +155,20 @@ def blocks(
             real = key_mask[:, jnp.minimum(rows, length - 1)]
             kept &= real[:, None, None, :, None]
         kept = jnp.pad(kept, [(0, 0)] * 4 + [(0, pad)])
-        shape = *kept.shape[:3], -1, block, num_blocks, block
+        shape = *kept.shape[:3], -1, each, num_blocks, block
         return kept.reshape(shape).sum((2, 4, 6), dtype=jnp.int32)
 
-    tile = block * max(1, QUERY_TILE // block)
-    votes = _over_rows(vote, codes, causal, key_mask, tile)  # tiles B K I' J
-    votes = jnp.moveaxis(votes, 0, 2).reshape(*votes.shape[1:3], -1, num_blocks)[:, :, :num_blocks]
-    most = codes.queries.shape[2] // codes.keys.shape[2] * block**2
+    tile = each * max(1, QUERY_TILE // each)
+    found = _over_rows(vote, codes, causal, key_mask, tile, stride)  # tiles B K I' J
+    return jnp.moveaxis(found, 0, 2).reshape(*found.shape[1:3], -1, num_blocks)[:, :, :num_blocks]
+
+
+def elect(
+    votes: Int[Array, "B K I J"], codes: Codes, *, keep: int, block: int, stride: int, causal: bool
+) -> BlockPattern:
+    """The pattern of the blocks with most votes; of equals the most recent."""
+    length, num_blocks = codes.queries.shape[1], votes.shape[-1]
+    most = codes.queries.shape[2] // codes.keys.shape[2] * block * (block // stride)
     i, j = jnp.arange(num_blocks)[:, None], jnp.arange(num_blocks)
     votes = jnp.where((i == j) | (j == 0), most + 1, votes)
     votes = jnp.where(i < j, -1, votes) if causal else votes
@@ -157,13 +178,24 @@ def blocks(
     )
 
 
-def _over_rows(function, codes, causal, key_mask, tile):
-    """`function(scores [B, K, G, t, S], rows [t])` of every tile of queries, stacked."""
+def check_voters(
+    codes: Codes, keep: int, key_mask: Array | None, block: int, voters: int | None
+) -> int:
+    """Of how many queries one votes; ValueError as for `blocks`."""
+    length = check_codes(codes, keep, key_mask)
+    check_blocks(length, length, block, block)
+    if voters is not None and (voters < 1 or block % voters):
+        raise ValueError(f"voters must divide the {block} queries of a block; got {voters}.")
+    return 1 if voters is None else block // voters
+
+
+def _over_rows(function, codes, causal, key_mask, tile, stride=1):
+    """`function(scores [B, K, G, t, S], rows [t])` of tiles of every stride-th query, stacked."""
     ready = ready_keys(codes.queries, codes.keys, codes.num_codes)
-    tiles = split_rows(codes.queries, tile)
+    tiles = split_rows(codes.queries[:, ::stride], tile)
 
     def one(step):
-        rows = step[0] * tile + jnp.arange(tile)
+        rows = (step[0] * tile + jnp.arange(tile)) * stride
         scores = tile_scores(
             step[1], ready, rows, key_mask, num_codes=codes.num_codes, causal=causal
         )

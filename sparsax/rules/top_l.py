@@ -24,8 +24,9 @@ class TopL:
         path: regular expression for the whole path of the layers.
         keep: L, keys that a query keeps; the paper's choice is an eighth of the length.
         select: "tokens" or "blocks", see `TopLAttention`.
-        score: "adc" or "match".
+        score: "adc" or "match"; None is the layer's choice.
         block: tokens in a block, for select="blocks".
+        voters: queries of a block that vote, for select="blocks".
         sequences: calibration sequences, of one length and without padding, that codebooks are
             fitted to; 0 leaves them random, for `TopLAttention.fit_codebooks`.
         modules: types of layers to convert: `SparseAttention`, or others that are called as it is
@@ -58,8 +59,9 @@ class TopL:
     path: str = ".*"
     keep: int
     select: Select = "tokens"
-    score: Score = "adc"
+    score: Score | None = None
     block: int = 64
+    voters: int | None = 8
     sequences: int = 8
     modules: tuple[type[nnx.Module], ...] = (SparseAttention,)
     causal: bool | None = None
@@ -96,8 +98,8 @@ class TopL:
         rotary = getattr(module, "rotary", None) if self.rotary is None else self.rotary
         return TopLAttention.from_attention(
             module, keep=self.keep, select=self.select, score=self.score, block=self.block,
-            causal=causal, rotary=rotary, implementation=getattr(module, "implementation", None),
-            rngs=rngs,
+            voters=self.voters, causal=causal, rotary=rotary,
+            implementation=getattr(module, "implementation", None), rngs=rngs,
         )  # fmt: skip
 
     def _row(self, path: str, module: nnx.Module, layer: TopLAttention) -> Row:
@@ -108,6 +110,6 @@ class TopL:
         what = "keys" if self.select == "tokens" else f"keys in blocks of {self.block}"
         return Row(
             path=path, before=type(module).__name__, after=type(layer).__name__,
-            detail=f"{self.keep} {what} by {self.score}", error=0.0, parameters=(0, 0),
+            detail=f"{self.keep} {what} by {layer.score}", error=0.0, parameters=(0, 0),
             bytes=(0, codebooks.nbytes), flops=(0, flops),
         )  # fmt: skip

@@ -63,12 +63,14 @@ def test_tokens_are_projections_codes_and_one_call(score, padded):
     assert_near(run(model, x, key_mask), model.out(o), 1e-5, "output")
 
 
+@pytest.mark.parametrize(("score", "voters"), [(None, 2), ("adc", None)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_blocks_are_every_samples_own_pattern(padded):
-    model, x, key_mask = layer("blocks"), inputs(), tail_is_padding() if padded else None
+def test_blocks_are_every_samples_own_pattern(padded, score, voters):
+    model = layer("blocks", score=score, voters=voters)
+    x, key_mask = inputs(), tail_is_padding() if padded else None
     q, k, v = model.query(x), model.key(x), model.value(x)
-    codes = encode(model.quantizer, q, k, "adc")
-    found = topl.blocks(codes, keep=16, block=BLOCK, causal=True, key_mask=key_mask)
+    codes = encode(model.quantizer, q, k, score or "match")
+    found = topl.blocks(codes, keep=16, block=BLOCK, voters=voters, causal=True, key_mask=key_mask)
     assert found.kv_num_blocks.shape == (2, 2, T // BLOCK)
     o = [
         sparsax.block_sparse_attention(
@@ -198,6 +200,7 @@ REFUSED = {
     "keep": ({"keep": 0}, "keep at least 1.*got 8, 0 and"),
     "decay": ({"decay": 1.0}, r"decay within \[0, 1\); got 8, 16 and 1.0"),
     "select": ({"select": "rows"}, r"select must be one of \('tokens', 'blocks'\); got 'rows'"),
+    "voters": ({"select": "blocks", "voters": 3}, "voters must divide the 8 queries.*got 3"),
     "score": ({"score": "dot"}, r"score must be one of \('match', 'adc'\); got 'dot'"),
 }
 

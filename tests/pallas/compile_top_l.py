@@ -2,7 +2,8 @@
 
     python -m tests.pallas.compile_top_l H CAUSAL
 
-Needs jax's CUDA plugin. CAUSAL is 1 or 0. Attention forward and backward, and the choice of keys.
+Needs jax's CUDA plugin. CAUSAL is 1 or 0. Attention forward and backward, the choice of keys,
+and votes for blocks of them.
 """
 
 import os
@@ -22,7 +23,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsax import pallas
 from sparsax.pallas import top_l
-from sparsax.pallas.top_l.select import select
 from sparsax.quantise import Codes
 
 L, N = 4096, 4  # rows long enough to be cut
@@ -43,10 +43,12 @@ def main(features: int, causal: bool) -> None:
         o, lse = top_l.forward(q, k, v, *choice, **options)
         return o, *top_l.backward(q, k, v, o, lse, o, *choice, **options)
 
-    choose = lambda codes: select(codes, None, keep=L // 8, causal=causal)
+    choose = lambda codes: top_l.select(codes, None, keep=L // 8, causal=causal)
+    vote = lambda codes: top_l.votes(codes, None, keep=L // 8, block=64, stride=8, causal=causal)
     with pallas.lowering():
         jax.jit(attend).trace(q, q, q, codes, integer, integer).lower().compile()
         jax.jit(choose).trace(codes).lower().compile()
+        jax.jit(vote).trace(codes).lower().compile()
 
 
 if __name__ == "__main__":

@@ -67,15 +67,16 @@ def test_equal_scores_keep_the_most_recent_keys():
     np.testing.assert_array_equal(got, (j <= i) & (j > i - 5))
 
 
-def plain_blocks(codes, keep, causal, real):
+def plain_blocks(codes, keep, causal, real, voters=None):
     """`[K, I, J]` by votes of the plain top-L, then a sort by (own, sink, votes, position)."""
+    stride = BLOCK // (voters or BLOCK)
     scores, group = plain_scores(codes)[0], codes.queries.shape[2] // codes.keys.shape[2]
     num = -(-scores.shape[1] // BLOCK)
     votes = np.zeros((len(scores) // group, num, num), int)
     for n in range(len(scores)):
         kept = plain_top_l(scores[n], keep, causal=causal, real=real)
         for i, j in zip(*np.nonzero(kept), strict=True):
-            votes[n // group, i // BLOCK, j // BLOCK] += real[i]
+            votes[n // group, i // BLOCK, j // BLOCK] += real[i] and i % stride == 0
     listed = np.zeros(votes.shape, bool)
     for h, i in np.ndindex(votes.shape[:2]):
         seen = [j for j in range(num) if j <= i or not causal]
@@ -85,10 +86,10 @@ def plain_blocks(codes, keep, causal, real):
 
 
 blocks_of = jax.jit(
-    lambda codes, key_mask, keep, causal: topl.blocks(
-        codes, keep=keep, block=BLOCK, causal=causal, key_mask=key_mask
+    lambda codes, key_mask, keep, causal, voters=None: topl.blocks(
+        codes, keep=keep, block=BLOCK, causal=causal, key_mask=key_mask, voters=voters
     ),
-    static_argnums=(2, 3),
+    static_argnums=(2, 3, 4),
 )
 
 
@@ -96,13 +97,14 @@ blocks_of = jax.jit(
 @given(
     seed=st.integers(0, 2**32 - 1), score=st.sampled_from(["match", "adc"]),
     keep=st.sampled_from([1, 9, 22]), causal=st.booleans(), length=st.sampled_from([22, 24]),
+    voters=st.sampled_from([None, 1, 2]),
 )  # fmt: skip
-def test_blocks_are_those_of_plain_votes(seed, score, keep, causal, length):
+def test_blocks_are_those_of_plain_votes(seed, score, keep, causal, length, voters):
     codes = drawn(seed, score, length=length, kv_heads=2, heads=4)
     real = np.random.default_rng(seed).random(length) < 0.8
-    pattern = blocks_of(codes, jnp.asarray(real)[None], keep, causal)
+    pattern = blocks_of(codes, jnp.asarray(real)[None], keep, causal, voters)
     np.testing.assert_array_equal(
-        pattern.to_block_mask()[0], plain_blocks(codes, keep, causal, real)
+        pattern.to_block_mask()[0], plain_blocks(codes, keep, causal, real, voters)
     )
 
 
@@ -172,6 +174,12 @@ def test_a_sequence_beyond_int32_is_refused():
 def test_blocks_longer_than_the_sequence_are_refused():
     with pytest.raises(ValueError, match=r"1 <= block_q <= q_len; got block_q=32 and q_len=24"):
         topl.blocks(drawn(0, "match"), keep=4, block=32)
+
+
+@pytest.mark.parametrize("voters", [0, 3])
+def test_voters_that_do_not_divide_a_block_are_refused(voters):
+    with pytest.raises(ValueError, match=f"must divide the 8 queries of a block; got {voters}"):
+        topl.blocks(drawn(0, "match"), keep=4, block=8, voters=voters)
 
 
 def test_quality_of_a_choice():

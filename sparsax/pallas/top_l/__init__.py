@@ -4,3 +4,5 @@ from sparsax.pallas.top_l.attention import backward as backward
 from sparsax.pallas.top_l.attention import forward as forward
 from sparsax.pallas.top_l.attention import refusal as refusal
 from sparsax.pallas.top_l.select import select as select
+from sparsax.pallas.top_l.vote import votes as votes
+from sparsax.pallas.top_l.vote import votes_refusal as votes_refusal

@@ -11,7 +11,7 @@ from sparsax.pallas.block_sparse.attention import run_backward, run_forward
 from sparsax.pallas.block_sparse.config import CODED, Config
 from sparsax.pallas.block_sparse.problem import Problem
 from sparsax.pallas.block_sparse.tiles import ROWS, TileLists
-from sparsax.pallas.top_l.matches import MAX_CODES, PLACE_BITS, Matches, key_ids, query_ids
+from sparsax.pallas.top_l.matches import Matches, codes_refusal, key_ids, query_ids
 from sparsax.quantise.codes import Codes
 
 FEATURES = tuple(CODED)  # with more of them a mask finds no registers
@@ -19,12 +19,8 @@ FEATURES = tuple(CODED)  # with more of them a mask finds no registers
 
 def refusal(q, codes: Codes) -> str | None:
     """Why the kernels cannot take these queries and codes; None if they can."""
-    if codes.score != "match":
-        return f'has kernels of score="match" alone; got codes of score="{codes.score}"'
-    if codes.num_codes > MAX_CODES:
-        return f"takes at most {MAX_CODES} codes of a token and head; got {codes.num_codes}"
-    if q.shape[1] >= 1 << PLACE_BITS:
-        return f"takes lengths below {1 << PLACE_BITS}; got {q.shape[1]}"
+    if refused := codes_refusal(codes):
+        return refused
     if q.shape[-1] not in FEATURES:
         return f"takes head features H in {FEATURES}; got H={q.shape[-1]}"
     return support.refusal(q, ROWS, ROWS)

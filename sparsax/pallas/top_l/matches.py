@@ -15,12 +15,24 @@ from jaxtyping import Array, Bool, Int, UInt32
 from sparsax.pallas.block_sparse.problem import whole_tiles
 from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import per_col, per_row
+from sparsax.quantise.codes import Codes
 
 MAX_CODES = 16  # of a token and head: two words
 PLACE_BITS = 24  # of a number, below those of the score
 # The place of a key that is none. Less than any threshold, whatever codes count for it, since a
 # threshold is at least -MAX_CODES << PLACE_BITS; and neither the place of a query.
 NOWHERE = -(1 << 29)
+
+
+def codes_refusal(codes: Codes) -> str | None:
+    """Why kernels cannot compare these codes; None if they can."""
+    if codes.score != "match":
+        return f'has kernels of score="match" alone; got codes of score="{codes.score}"'
+    if codes.num_codes > MAX_CODES:
+        return f"takes at most {MAX_CODES} codes of a token and head; got {codes.num_codes}"
+    if codes.keys.shape[1] >= 1 << PLACE_BITS:
+        return f"takes lengths below {1 << PLACE_BITS}; got {codes.keys.shape[1]}"
+    return None
 
 
 def differing(mine, others):
