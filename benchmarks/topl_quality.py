@@ -6,6 +6,7 @@ L = T / 8. "synthetic": causal, 1,024 tokens, heads of 64, random projections of
 recurring topics plus noise. "MiniLM": queries and keys of all-MiniLM-L6-v2 (heads of 32) on reviews
 of IMDB that fill 256 tokens, every layer; codebooks are fitted on training reviews and measured
 on test reviews. "exact" is the ceiling, "window" needs no scores, dense attention has mass 1.
+Blocks have 16 tokens, of which all vote or, "few voters", two.
 FOLDER is that of `examples/compress.py`; without it, only the synthetic part is run.
 """
 
@@ -24,7 +25,7 @@ from harness import save
 import sparsax
 from sparsax.patterns import quality, topl
 
-REVIEW, BLOCK = 256, 16  # tokens of a review; of a block of keys
+REVIEW, BLOCK, VOTERS = 256, 16, 2  # tokens of a review; of a block of keys; that vote for them
 
 
 @jax.jit
@@ -45,8 +46,10 @@ def measure(q, k, quantizers, causal: bool) -> dict[str, dict[str, float]]:
     for score, quantizer in quantizers.items():
         codes = quantizer.codes(q, k, score=score)
         masks[score] = topl.tokens(codes, keep=keep, causal=causal).to_mask()
-        blocks = topl.blocks(codes, keep=keep, block=BLOCK, causal=causal).to_mask()
-        masks[f"{score} blocks"] = blocks.repeat(q.shape[2] // blocks.shape[1], 1) & seen
+        for name, voters in (("blocks", None), ("blocks, few voters", VOTERS)):
+            pattern = topl.blocks(codes, keep=keep, block=BLOCK, voters=voters, causal=causal)
+            blocks = pattern.to_mask()
+            masks[f"{score} {name}"] = blocks.repeat(q.shape[2] // blocks.shape[1], 1) & seen
     return {
         name: {
             "mass": float(quality.captured_mass(mask, probs)),
