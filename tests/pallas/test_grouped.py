@@ -22,6 +22,7 @@ CASES = (
          dtype="float16"),
     Case(name="one_row", sizes=(0, 1, 0), M=1, D=64, F=64, dtype="bfloat16"),
     Case(name="wide", sizes=(30, 66), M=96, D=192, F=256, dtype="bfloat16"),
+    Case(name="side_by_side", sizes=(30, 66), M=96, D=256, F=512, dtype="bfloat16"),
 )  # fmt: skip
 BY_NAME = pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
 
@@ -75,7 +76,7 @@ ALONE = {  # one kernel each
 @pytest.mark.parametrize("name", ALONE)
 @pytest.mark.usefixtures("few_blocks", "no_races")
 def test_no_races(name):
-    inputs = Case(name="races", sizes=(3, 297, 0, 30), M=340, D=128, F=256, dtype="bfloat16")
+    inputs = Case(name="races", sizes=(3, 297, 0, 30), M=340, D=256, F=512, dtype="bfloat16")
     inputs, run = inputs.inputs(), ALONE[name]
     with pallas.interpreted(detect_races=True):
         got = jax.block_until_ready(

@@ -16,9 +16,12 @@ from sparsax.pallas.grouped_matmul.product import (
     CHUNK,
     Plan,
     Shape,
+    beside,
     each_chunk,
     product,
     raster,
+    side_by_side,
+    together,
     width_of,
 )
 from sparsax.pallas.grouped_matmul.tables import DEPTH, SLAB
@@ -75,7 +78,7 @@ def _kernel(terms, biases, transpose_w: bool, activate, interpret):
     rows, matrices = x.shape[0], len(biases)
     groups, columns = w.shape[0], w.shape[1 if transpose_w else 2]
     width, most = width_of(columns, matrices), tables.most_tiles(rows, groups + 1)
-    wide = columns // width
+    wide, cluster = columns // width, side_by_side(columns // width)
     past = list(itertools.accumulate(x.shape[1] // DEPTH for x, _ in terms))  # steps of the terms
 
     def make(*refs):
@@ -83,7 +86,8 @@ def _kernel(terms, biases, transpose_w: bool, activate, interpret):
         sources, table, bias_refs = jax.tree.unflatten(tree, operands)
 
         def item(n):
-            tile, column = raster(n, table[0], wide)
+            tile, column = raster(n, table[0], wide // cluster)
+            column = column * cluster + beside(cluster)
             group, slab, start, end = (table[1 + i * most + tile] for i in range(4))
             return _Item(group, slab, column, start, end, jnp.where(group < groups, past[-1], 0))
 
@@ -92,7 +96,9 @@ def _kernel(terms, biases, transpose_w: bool, activate, interpret):
                 inner = pl.ds(step * DEPTH, DEPTH)
                 for half in range(COMPUTE):
                     own = pl.ds(here.slab * SLAB + half * WG_ROWS, WG_ROWS)
-                    plgpu.copy_gmem_to_smem(x_ref.at[own, inner], a.at[half], barrier)
+                    plgpu.copy_gmem_to_smem(
+                        x_ref.at[own, inner], a.at[half], barrier, **together(cluster)
+                    )
                 outer = pl.ds(here.column * width, width)
                 part = (outer, inner) if transpose_w else (inner, outer)
                 for i, w_ref in enumerate(w_refs):
@@ -113,14 +119,14 @@ def _kernel(terms, biases, transpose_w: bool, activate, interpret):
             )
             each_chunk(total, staging, x.dtype, copy)
 
-        return Plan(table[0] * wide, item, fill, finish, store)
+        return Plan(table[0] * (wide // cluster), item, fill, finish, store)
 
-    shape = Shape(width, x.dtype, matrices, transpose_b=transpose_w)
+    shape = Shape(width, x.dtype, matrices, transpose_b=transpose_w, cluster=cluster)
     out = (
         jax.ShapeDtypeStruct((rows, columns), x.dtype),
         jax.ShapeDtypeStruct((2 * (groups + 1), SLAB, columns), x.dtype),
     )
-    return product(make, shape, "gmm", most * wide, out, interpret)
+    return product(make, shape, "gmm", most * (wide // cluster), out, interpret)
 
 
 def _epilogue(here: _Item, totals, bias_refs, activate) -> jax.Array:

@@ -62,6 +62,24 @@ def width_of(columns: int, matrices: int = 1) -> int:
     return next(w for w in (256, 128, 64) if columns % w == 0 and matrices * w <= 256)
 
 
+def side_by_side(tiles: int) -> int:
+    """How many thread blocks take neighbouring ones of so many tiles, and share what both read.
+
+    The cache hands out too little for tensor cores that each have all of their operands from it.
+    """
+    return 2 if tiles % 2 == 0 else 1
+
+
+def beside(cluster: int) -> Any:
+    """Which of a cluster's thread blocks this is."""
+    return lax.axis_index("cluster") if cluster > 1 else 0
+
+
+def together(cluster: int) -> dict[str, Any]:
+    """How to copy what the thread blocks of a cluster share: each brings its part to all."""
+    return {"collective_axes": "cluster"} if cluster > 1 else {}
+
+
 def raster(n, rows, columns: int) -> tuple[Any, Any]:
     """Row and column of tile n, in bands of rows: neighbours share both operands."""
     band = n // (BAND * columns)

@@ -13,9 +13,12 @@ from sparsax.pallas.grouped_matmul.product import (
     CHUNK,
     Plan,
     Shape,
+    beside,
     each_chunk,
     product,
     raster,
+    side_by_side,
+    together,
     width_of,
 )
 from sparsax.pallas.grouped_matmul.tables import DEPTH, ROWS, SLAB
@@ -51,14 +54,16 @@ class _Item(NamedTuple):
 def _kernel(x, dy, groups: int, interpret):
     features, columns = x.shape[1], dy.shape[1]
     width, high = width_of(columns), -(-features // ROWS)
-    wide = columns // width
+    cluster = side_by_side(high)
+    wide, high = columns // width, high // cluster
 
     def make(x_ref, dy_ref, x_ends, dy_ends, table, out_ref):
         def item(n):
             group = n // (high * wide)
             row, column = raster(n - group * high * wide, high, wide)
             slab, whole, steps = (table[i * groups + group] for i in range(3))
-            return _Item(group, row * COMPUTE, column, slab, whole, steps)
+            part = (row * cluster + beside(cluster)) * COMPUTE
+            return _Item(group, part, column, slab, whole, steps)
 
         def fill(here, step, a, b, barrier):
             def from_rows(x_rows, dy_rows):
@@ -67,9 +72,8 @@ def _kernel(x, dy, groups: int, interpret):
                     own = jnp.minimum(here.part + half, features // WG_ROWS - 1)
                     part = x_rows(pl.ds(own * WG_ROWS, WG_ROWS))
                     plgpu.copy_gmem_to_smem(part, a.at[half], barrier)
-                plgpu.copy_gmem_to_smem(
-                    dy_rows(pl.ds(here.column * width, width)), b.at[0], barrier
-                )
+                columns_here = dy_rows(pl.ds(here.column * width, width))
+                plgpu.copy_gmem_to_smem(columns_here, b.at[0], barrier, **together(cluster))
 
             @pl.when(step < here.whole)
             def _():
@@ -95,6 +99,6 @@ def _kernel(x, dy, groups: int, interpret):
 
         return Plan(jnp.int32(groups * high * wide), item, fill, lambda _, totals: totals[0], store)
 
-    shape = Shape(width, x.dtype, transpose_a=True)
+    shape = Shape(width, x.dtype, transpose_a=True, cluster=cluster)
     out = (jax.ShapeDtypeStruct((groups, features, columns), x.dtype),)
     return product(make, shape, "tgmm", groups * high * wide, out, interpret)

@@ -15,7 +15,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.activations import ACTIVATIONS
-from sparsax.pallas.grouped_matmul.product import CHUNK, Plan, Shape, each_chunk, product, raster
+from sparsax.pallas.grouped_matmul.product import (
+    CHUNK,
+    Plan,
+    Shape,
+    beside,
+    each_chunk,
+    product,
+    raster,
+    together,
+)
 from sparsax.pallas.grouped_matmul.tables import DEPTH, SLAB
 from sparsax.pallas.hopper import COL, COMPUTE, WG_ROWS, multiprocessors, per_col
 
@@ -92,16 +101,14 @@ def batched(
     width, cluster = tiles(slots, rows, columns)
     high, wide, steps = -(-rows // (ROWS * cluster)), columns // width, -(-inner // DEPTH)
     chunk = CHUNK if isinstance(to, str) else next(c for c in (CHUNK, 32, 16) if to % c == 0)
-    shared: dict[str, Any] = {"collective_axes": "cluster"} if cluster > 1 else {}
 
     def make(a_ref, b_ref, *rest):
         *bias_ref, out_ref = rest
-        beside = lax.axis_index("cluster") if cluster > 1 else 0
 
         def item(n):
             which = lax.div(n, jnp.int32(high * wide))
             row, column = raster(n - which * high * wide, high, wide)
-            part = (row * cluster + beside) * COMPUTE
+            part = (row * cluster + beside(cluster)) * COMPUTE
             return _Item(which, jnp.minimum(which, batch - 1), part, column, jnp.int32(steps))
 
         def fill(here, step, a_smem, b_smem, barrier):
@@ -111,7 +118,7 @@ def batched(
                 part = a.part(a_ref, here.source, own, summed)
                 plgpu.copy_gmem_to_smem(part, a_smem.at[half], barrier)
             part = b.part(b_ref, here.source, summed, pl.ds(here.column * width, width))
-            plgpu.copy_gmem_to_smem(part, b_smem.at[0], barrier, **shared)
+            plgpu.copy_gmem_to_smem(part, b_smem.at[0], barrier, **together(cluster))
 
         def finish(here, totals):
             total = _epilogue(here, totals[0], columns, bias_ref, activation)
