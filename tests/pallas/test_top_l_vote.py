@@ -10,11 +10,13 @@ from flax import nnx
 
 from sparsax import pallas, top_l_blocks
 from sparsax.nn import TopLAttention
+from sparsax.pallas.top_l import walk
 from sparsax.patterns import topl
 from sparsax.quantise import Codes
 from tests.helpers import assert_near, launched
 from tests.pallas.test_top_l_lowering import inputs
 from tests.pallas.test_top_l_select import LARGE, MATCH
+from tests.pallas.test_top_l_select import check as check_integers
 from tests.top_l_cases import Case
 
 INTERPRETED = (
@@ -54,6 +56,14 @@ def test_interpreted_kernel_counts_the_portable_votes(c, block, voters):
         check(c, block, voters)
 
 
+@pytest.mark.usefixtures("no_races", "fresh")
+def test_one_warpgroup_walks_all_keys_where_there_are_many_queries(monkeypatch):
+    monkeypatch.setattr(walk, "BUSY", 0)
+    with pallas.interpreted(detect_races=True):
+        check(MATCH["padding"], 32, 4)
+        check_integers(MATCH["mqa"])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("c", "block", "voters"), [*INTERPRETED, *SHAPES], ids=lambda x: getattr(x, "name", x)
@@ -77,7 +87,7 @@ def test_patterns_of_the_kernel_under_vmap_are_the_portable_ones():
 def layer(**options):
     return TopLAttention(
         4, 256, keep=128, select="blocks", causal=True, num_kv_heads=2, dtype=jnp.bfloat16,
-        rngs=nnx.Rngs(0), **options,
+        use_bias=False, rngs=nnx.Rngs(0), **options,
     )  # fmt: skip
 
 

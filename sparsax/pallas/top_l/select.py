@@ -9,11 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int
 
 from sparsax.pallas.block_sparse.tiles import ROWS
-from sparsax.pallas.support import vary
 from sparsax.pallas.top_l.walk import GROUP, Queries, Walked, absent
 from sparsax.quantise.codes import Codes
 
@@ -25,8 +24,7 @@ def select(
     """`(tau, first)` of every query, those of `sparsax.patterns.topl.tokens`."""
     walked, length = Walked.of(codes, key_mask, keep, causal), codes.queries.shape[1]
 
-    def kernel(words, marks, keys, tau_out, first_out):
-        queries = Queries(walked, words, marks, keys)
+    def kernel(queries: Queries, tau_out, first_out):
         tau, wanted, spare = queries.threshold()
 
         def find(begin, ask, state):
@@ -45,18 +43,15 @@ def select(
             return lax.fori_loop(0, ROWS // GROUP, of_group, state)
 
         # Where fewer keys are seen than kept, no tie is that one, and all from 0 on are kept.
-        _, first = queries.each_tile(find, (spare, queries.vector(0)))
-        tau_out.at[queries.at][...] = tau
-        first_out.at[queries.at][...] = jnp.where(wanted < 0, queries.row, first)
+        _, found = queries.each_tile(find, (spare, queries.vector(0)))
+        of_ranges = queries.shared([found], codes.num_codes)
+        first = functools.reduce(jnp.maximum, [x for (x,) in of_ranges])
+
+        @pl.when(queries.part == 0)
+        def _():
+            tau_out.at[queries.at][...] = tau
+            first_out.at[queries.at][...] = jnp.where(wanted < 0, queries.row, first)
 
     result = jax.ShapeDtypeStruct(walked.shape, jnp.int32)
-    run = plgpu.kernel(
-        kernel,
-        out_type=(result, result),
-        grid=(walked.items,),
-        grid_names=("item",),
-        kernel_name="top_l_select",
-        interpret=interpret,
-    )
-    found = vary(run(*walked.operands), walked.operands)
+    found = walked.run(kernel, "top_l_select", (result, result), interpret)
     return tuple(x[:, :, :length].swapaxes(1, 2) for x in found)

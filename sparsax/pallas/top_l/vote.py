@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Int
 
 from sparsax.pallas.block_sparse.tiles import ROWS
-from sparsax.pallas.support import BLOCKS, on_hopper, vary
+from sparsax.pallas.support import BLOCKS, on_hopper
 from sparsax.pallas.top_l.matches import codes_refusal
 from sparsax.pallas.top_l.walk import GROUP, Queries, Walked, absent
 from sparsax.quantise.codes import Codes
@@ -41,8 +40,7 @@ def votes(
     batch, heads, positions = walked.shape
     num_blocks, per_tile = -(-codes.queries.shape[1] // block), ROWS // block
 
-    def kernel(words, marks, keys, out):
-        queries = Queries(walked, words, marks, keys)
+    def kernel(queries: Queries, out):
         sample, head, rows = queries.at
         _, wanted, spare = queries.threshold()
 
@@ -71,17 +69,8 @@ def votes(
 
         queries.each_tile(vote, spare)
 
-    run = plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(
-            (batch, heads, walked.key_tiles * per_tile, positions), jnp.int32
-        ),
-        grid=(walked.items,),
-        grid_names=("item",),
-        kernel_name="top_l_vote",
-        interpret=interpret,
-    )
-    each = vary(run(*walked.operands), walked.operands)
+    out = (batch, heads, walked.key_tiles * per_tile, positions)
+    each = walked.run(kernel, "top_l_vote", jax.ShapeDtypeStruct(out, jnp.int32), interpret)
     shape = batch, walked.kv_heads, -1, each.shape[2], positions * stride // block, block // stride
     found = each.reshape(shape).sum((2, 5), dtype=jnp.int32).swapaxes(2, 3)
     found = found[:, :, :num_blocks, :num_blocks]
