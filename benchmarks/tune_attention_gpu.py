@@ -25,7 +25,7 @@ from harness import save
 import sparsax
 from sparsax.pallas import compound
 from sparsax.pallas.block_sparse import attention
-from sparsax.pallas.block_sparse.config import TABLE, Config, ForwardTiling, Tiling
+from sparsax.pallas.block_sparse.config import TABLE, Config, ForwardTiling, KeyTiling, Tiling
 from sparsax.pallas.block_sparse.tiles import ROWS
 
 # (tile, slots of tiles, of row tiles) that fit in shared memory, by head dim.
@@ -64,11 +64,16 @@ KERNELS = {
 
 
 def tilings(choices, kind: type[Tiling] = Tiling) -> list:
-    """Every choice as it is, and with turns; of the forward pass those of two teams, too."""
+    """Every choice as it is, and with turns; of the forward pass those of two teams, too.
+
+    Of dK and dV each with all that may be read early.
+    """
     found = [
         kind(tile, stages, turns, row_slots)
         for tile, stages, row_slots in choices for turns in (False, True)
     ]  # fmt: skip
+    if kind is KeyTiling:
+        return [dataclasses.replace(x, early=early) for x in found for early in (0, 1, 2)]
     if kind is not ForwardTiling:
         return found
     # Two teams have fewer registers, which half of a tile fits in.
@@ -205,7 +210,7 @@ def tune(features: int, length: int, heads: int) -> list[dict]:
     for tiling in tilings(FORWARD[features], ForwardTiling):
         found = of_cases(functools.partial(time_forward, tiling), tiling)
         record("forward", tiling, {name: of_kernel("forward", x) for name, x in found.items()})
-    of_dq, of_dkv = tilings(DQ[features]), tilings(DKV[features])
+    of_dq, of_dkv = tilings(DQ[features]), tilings(DKV[features], KeyTiling)
     pairs = itertools.zip_longest(of_dq, of_dkv)
     for pair in ((dq or of_dq[0], dkv or of_dkv[0]) for dq, dkv in pairs):
         found = of_cases(functools.partial(time_backward, *pair), pair)
@@ -229,7 +234,7 @@ def best(rows: list[dict], kernel: str, names: tuple[str, ...]) -> Tiling | None
         * sum(row["milliseconds"][name] / least[name] for name in names)
     )
     row = min(rows, key=cost)
-    kind = ForwardTiling if kernel == "forward" else Tiling
+    kind = {"forward": ForwardTiling, "dq": Tiling, "dkv": KeyTiling}[kernel]
     return kind(**{field.name: row[field.name] for field in dataclasses.fields(kind)})
 
 

@@ -40,57 +40,80 @@ class ForwardTiling(Tiling):
 
 
 @dataclasses.dataclass(frozen=True)
+class KeyTiling(Tiling):
+    """The same of the kernel of dK and dV; `early` is what it reads of a tile's vectors beforehand.
+
+    0: nothing before the product is done that wants it. 1: lse, while the first product runs.
+    2: ids, too, and delta before the exponentials. What is read early waits in registers.
+    """
+
+    early: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One tiling for each kernel."""
 
     forward: ForwardTiling
     dq: Tiling
-    dkv: Tiling
+    dkv: KeyTiling
 
 
 # By head dim: what fits in 227 KiB of shared memory. 64 and 128: by time on an H200, from
 # `benchmarks/tune_attention_gpu.py`, where dQ at 128 is a tie with and without turns. The others
 # spill next to nothing, and were not timed. How rows are dealt, handed over and copied has changed
 # since that run; after it, MASKED and PLACED at 64, the two teams, and the turns of the forward
-# pass at 128 were chosen by single timings on an H100 and an H200, not by the script.
+# pass at 128 were chosen by single timings on an H100 and an H200, not by the script. What
+# dK and dV read early spills no more than they do without, as the assembler tells it: not timed.
 TABLE = {
-    32: Config(ForwardTiling(128, 4), Tiling(128, 4), Tiling(128, 4)),
+    32: Config(ForwardTiling(128, 4), Tiling(128, 4), KeyTiling(128, 4)),
     64: Config(
         ForwardTiling(64, 3, row_slots=2, teams=2),
         Tiling(128, 3, row_slots=2),
-        Tiling(128, 3, row_slots=2),
+        KeyTiling(128, 3, row_slots=2),
     ),
-    96: Config(ForwardTiling(128, 2), Tiling(64, 4), Tiling(64, 4)),
+    96: Config(ForwardTiling(128, 2), Tiling(64, 4), KeyTiling(64, 4, early=2)),
     128: Config(
-        ForwardTiling(128, 2, turns=True), Tiling(64, 3, turns=True), Tiling(64, 2, turns=True)
+        ForwardTiling(128, 2, turns=True),
+        Tiling(64, 3, turns=True),
+        KeyTiling(64, 2, turns=True, early=1),
     ),
-    256: Config(ForwardTiling(64, 2), Tiling(32, 2), Tiling(32, 1)),
+    256: Config(ForwardTiling(64, 2), Tiling(32, 2), KeyTiling(32, 1)),
 }
 
 # Where tiles may need a mask: it wants registers, and what spills is up to three times as slow.
 MASKED = TABLE | {
     64: Config(
-        ForwardTiling(128, 3, row_slots=2), Tiling(128, 3, row_slots=2), Tiling(64, 6, row_slots=2)
+        ForwardTiling(128, 3, row_slots=2),
+        Tiling(128, 3, row_slots=2),
+        KeyTiling(64, 6, row_slots=2, early=2),
     ),
     128: Config(
-        ForwardTiling(128, 2, turns=True, row_slots=2), Tiling(64, 3, row_slots=2), Tiling(64, 2)
+        ForwardTiling(128, 2, turns=True, row_slots=2),
+        Tiling(64, 3, row_slots=2),
+        KeyTiling(64, 2),
     ),
 }
 
 # Where places say which pairs attend, as in compound attention: short lists, most tiles masked.
 PLACED = MASKED | {
     64: Config(
-        ForwardTiling(128, 3, row_slots=2), Tiling(64, 6, row_slots=2), Tiling(64, 6, row_slots=2)
+        ForwardTiling(128, 3, row_slots=2),
+        Tiling(64, 6, row_slots=2),
+        KeyTiling(64, 6, row_slots=2, early=2),
     ),
+    96: Config(ForwardTiling(128, 2), Tiling(64, 4), KeyTiling(64, 4)),
 }
 
 # Where codes say which pairs attend, as in top-L attention: the largest tiles whose masks leave
 # registers enough, as the assembler tells it. Not timed.
 CODED = {
-    32: Config(ForwardTiling(128, 4), Tiling(64, 6), Tiling(128, 4)),
-    64: Config(ForwardTiling(128, 3), Tiling(64, 6, row_slots=2), Tiling(64, 6, row_slots=2)),
-    96: Config(ForwardTiling(128, 3), Tiling(64, 4), Tiling(64, 4)),
-    128: Config(ForwardTiling(64, 4, row_slots=2), Tiling(64, 3), Tiling(64, 2)),
+    32: Config(ForwardTiling(128, 4), Tiling(64, 6), KeyTiling(128, 4)),
+    64: Config(
+        ForwardTiling(128, 3), Tiling(64, 6, row_slots=2), KeyTiling(64, 6, row_slots=2, early=2)
+    ),
+    96: Config(ForwardTiling(128, 3), Tiling(64, 4), KeyTiling(64, 4)),
+    128: Config(ForwardTiling(64, 4, row_slots=2), Tiling(64, 3), KeyTiling(64, 2)),
 }
 
 

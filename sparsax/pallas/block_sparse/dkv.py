@@ -61,6 +61,7 @@ def dkv_kernel(
     stages: int,
     turns: bool,
     row_slots: int,
+    early: int,
     interpret,
     features: tuple[int, int] | None = None,
 ):
@@ -206,12 +207,22 @@ def dkv_kernel(
                         if features is not None:
                             part = slot, slice(None), pl.ds(low, high - low)
 
-                        def probabilities(s):
-                            weights = jnp.exp2(s * gain - per_col(of_cols(lse_smem), s.shape))
+                        def load_ids():
+                            refs = (ids_smem.at[:, i] for i in range(x.query_ids))
+                            return tuple(map(of_cols, refs))
+
+                        def soon(load, level):
+                            """`load`, which is done already where so much is to be early."""
+                            if early < level:
+                                return load
+                            loaded = load()
+                            return lambda: loaded
+
+                        def probabilities(s, get_lse, get_ids):
+                            weights = jnp.exp2(s * gain - per_col(get_lse(), s.shape))
                             if found is None:
                                 return weights
-                            col_ids = (of_cols(ids_smem.at[:, i]) for i in range(x.query_ids))
-                            ids = (row_ids, tuple(col_ids)) if x.ids else None
+                            ids = (row_ids, get_ids()) if x.ids else None
                             pieces, is_global = found
                             if x.rows_ask and columns.gather > 1:  # some pieces of a tile may be
                                 is_global = x.rows_from
@@ -220,11 +231,15 @@ def dkv_kernel(
                             )
 
                         def gradients(get_s, get_dp):
-                            weights = probabilities(get_s())
+                            get_lse = soon(lambda: of_cols(lse_smem), 1)
+                            get_ids = load_ids if found is None else soon(load_ids, 2)
+                            s = get_s()
+                            get_delta = soon(lambda: of_cols(delta_smem), 2)
+                            weights = probabilities(s, get_lse, get_ids)
 
                             def beside_dv(get_dv):
                                 dp = get_dp(since=1)
-                                ds = weights * (dp - per_col(of_cols(delta_smem), dp.shape))
+                                ds = weights * (dp - per_col(get_delta(), dp.shape))
                                 owed = dk_acc, ds.astype(x.dtype), q_smem.at[part]
                                 both = lambda get_dk: (get_dk(), get_dv())
                                 return cores.start([owed], both)
