@@ -116,14 +116,15 @@ def run(c, x, weights, lora, probabilities, **options):
     return routed_ffn(x, weights, plan, lora=lora, activation=c.activation, **options)
 
 
-def value_and_gradients(c, dtype, implementation):
+def value_and_gradients(c, dtype, implementation, **options):
     """y and the gradients of x, weights, LoRA and probabilities under jit, from rounded inputs."""
     *arguments, probabilities, dy = c.inputs()
     arguments, dy = jax.tree.map(lambda leaf: leaf.astype(dtype), (arguments, dy))
 
     @jax.jit
     def both(arguments, dy):
-        y, pull = jax.vjp(lambda *a: run(c, *a, implementation=implementation), *arguments)
+        call = lambda *a: run(c, *a, implementation=implementation, **options)
+        y, pull = jax.vjp(call, *arguments)
         return y, pull(dy)
 
     return both((*arguments, probabilities), dy)

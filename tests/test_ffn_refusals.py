@@ -53,6 +53,10 @@ REFUSED = {
         r"lora must fit the weights: .*'gate_a': None.*; got .*'gate_a': \(24, 3\)",
     ),
     "activation": (lambda: apply(activation="tanh"), "activation must be one of .* got 'tanh'"),
+    "recompute": (
+        lambda: apply(recompute="never"),
+        r"recompute must be one of \(True, False\); got 'never'",
+    ),
     "implementation": (
         lambda: apply(implementation="cuda"),
         "implementation must be one of .* got 'cuda'",

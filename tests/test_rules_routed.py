@@ -51,6 +51,14 @@ def test_calibrated_blocks_are_nearer_to_the_dense_model():
     assert error(near) < 0.8 * error(far)
 
 
+def test_layers_keep_their_products_where_the_rule_says_so():
+    for recompute in (True, False):
+        rule = Routed(**RULE, active=2, tokens=0, recompute=recompute)
+        layers, _ = sparsify(model(), [rule])
+        assert {block.ffn.recompute for block in layers.blocks} == {recompute}
+    assert Routed().recompute
+
+
 class Net(nnx.Module):
     """A user's own layer, under a user's own names."""
 

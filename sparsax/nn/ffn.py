@@ -81,6 +81,8 @@ class RoutedFFN(nnx.Module):
         lora: low-rank additions, or None.
         coefficient: see `sparsax.route_top_k`; the gain starts out as zeros.
         frozen: the blocks' weights get no gradient, and none is computed.
+        recompute: see `sparsax.routed_ffn`; False keeps more for the backward pass, which is
+            quicker. A plain attribute, too.
         dtype: of the computation; the promotion of input and weights when None. The router
             computes in float32.
         implementation: see `sparsax.routed_ffn`.
@@ -102,7 +104,7 @@ class RoutedFFN(nnx.Module):
     def __init__(
         self, blocks: FFNBlocks, router: tuple[Array, Array] | None = None, *, active: int,
         activation: Activation, lora: FFNLoRA | None = None,
-        coefficient: Coefficient = "gain", frozen: bool = False,
+        coefficient: Coefficient = "gain", frozen: bool = False, recompute: bool = True,
         dtype: typing.Any = None, implementation: Implementation | None = None,
         rngs: nnx.Rngs | None = None,
     ):  # fmt: skip
@@ -126,6 +128,7 @@ class RoutedFFN(nnx.Module):
         self.activation: Activation = activation
         self.coefficient: Coefficient = coefficient
         self.frozen = frozen
+        self.recompute = recompute
         self.dtype = dtype
         self.implementation: Implementation | None = implementation
         self.watched = False
@@ -249,7 +252,7 @@ class RoutedFFN(nnx.Module):
         return routed_ffn(
             x.astype(dtype), blocks.astype(dtype), plan, activation=self.activation,
             lora=None if lora is None else lora.astype(dtype), frozen=self.frozen,
-            implementation=self.implementation,
+            recompute=self.recompute, implementation=self.implementation,
         )  # fmt: skip
 
 

@@ -25,6 +25,8 @@ class Routed:
         lora_rank: R of LoRA beside every matrix; 0 is without.
         lora_alpha: the product counts `alpha / rank` times; rank when None.
         frozen: the blocks' weights get no gradient, and none is computed.
+        recompute: see `sparsax.routed_ffn`; False keeps more for the backward pass, which is
+            quicker.
         coefficient: see `sparsax.route_top_k`.
         tokens: calibration tokens that cluster units and fit the router; 0 cuts consecutive units
             and starts with a random router, without calibration.
@@ -54,6 +56,7 @@ class Routed:
     lora_rank: int = 0
     lora_alpha: float | None = None
     frozen: bool = False
+    recompute: bool = True
     coefficient: Coefficient = "gain"
     tokens: int = 4096
     modules: tuple[type[nnx.Module], ...] = (FeedForward,)
@@ -78,8 +81,8 @@ class Routed:
                 up, down, getattr(module, self.gate, None), num_blocks=self.num_blocks,
                 active=self.active, activation=self._activation(path, module),
                 calibration=seen_inputs(path, observers), lora_rank=self.lora_rank,
-                lora_scale=self._scale(), frozen=self.frozen, coefficient=self.coefficient,
-                rngs=rngs,
+                lora_scale=self._scale(), frozen=self.frozen, recompute=self.recompute,
+                coefficient=self.coefficient, rngs=rngs,
             )  # fmt: skip
             made[path] = layer, self._row(path, module, layer)
         return made

@@ -11,6 +11,7 @@ from sparsax.xla.routed_ffn import ROUTED_PRODUCTS as ROUTED_PRODUCTS
 from sparsax.xla.routed_ffn import RoutedProducts as RoutedProducts
 from sparsax.xla.routed_ffn import routed_ffn_backward as routed_ffn_backward
 from sparsax.xla.routed_ffn import routed_ffn_forward as routed_ffn_forward
+from sparsax.xla.routed_ffn import routed_ffn_keep as routed_ffn_keep
 from sparsax.xla.score_map import score_map as score_map
 from sparsax.xla.top_l import top_l_backward as top_l_backward
 from sparsax.xla.top_l import top_l_forward as top_l_forward

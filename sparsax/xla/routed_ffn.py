@@ -36,7 +36,7 @@ class Part(typing.NamedTuple):
     b: typing.Any
 
     def terms(self, xs):
-        """What is multiplied and summed."""
+        """What is multiplied and summed: the large product, then LoRA's."""
         return [(xs, self.w)] if self.low is None else [(xs, self.w), (self.low, self.b)]
 
 
@@ -52,14 +52,26 @@ def gmm_sum(terms, sizes, bias=None, *, transpose_w=False):
 ROUTED_PRODUCTS = RoutedProducts(gmm_sum, tgmm)
 
 
-def routed_ffn_forward(x, weights, lora, plan, products=ROUTED_PRODUCTS, *, activation):
+def routed_ffn_keep(x, weights, lora, plan, products=ROUTED_PRODUCTS):
+    """The large products that both passes would do, `[M, E]` of each part in x's dtype: `kept`.
+
+    Kernels round them alike when they are done again; the sums that `gmm_sum` makes with LoRA are
+    rounded here alone.
+    """
+    wide = _wide(take(x, plan.tokens), _parts(x, weights, lora, plan), plan, products)
+    return [z.astype(x.dtype) for z in wide]
+
+
+def routed_ffn_forward(
+    x, weights, lora, plan, products=ROUTED_PRODUCTS, *, activation, kept=None
+):  # fmt: skip
     """`sum over chosen g of c_g FFN_g(x), + b_down` in x's dtype; 0 for tokens of no block."""
     xs, parts = take(x, plan.tokens), _parts(x, weights, lora, plan)
-    if products.hidden is None or plan.scaled == "products":
-        _, zs = _sums(xs, parts, plan, products)
-        h = _join(activation)(*zs).astype(x.dtype)
-    else:
+    if kept is None and products.hidden is not None and plan.scaled != "products":
         h = products.hidden(xs, parts, plan.group_sizes)
+    else:
+        _, zs = _sums(xs, parts, plan, products, kept)
+        h = _join(activation)(*zs).astype(x.dtype)
     times = lambda w: products.gmm([(h, w)], plan.group_sizes)
     y = _sum_choices(times(weights.w_down), plan, plan.coefficients)
     if lora is not None:
@@ -71,9 +83,9 @@ def routed_ffn_forward(x, weights, lora, plan, products=ROUTED_PRODUCTS, *, acti
 
 
 def routed_ffn_backward(
-    x, weights, lora, plan, dy, products=ROUTED_PRODUCTS, *, activation, frozen: bool
+    x, weights, lora, plan, dy, products=ROUTED_PRODUCTS, *, activation, frozen: bool, kept=None
 ):  # fmt: skip
-    """`(dx, dweights, dlora, dcoefficients)`; the hidden units are computed again.
+    """`(dx, dweights, dlora, dcoefficients)`; the hidden units are computed again, or of `kept`.
 
     With `frozen`, dweights is None. Under jit, what is not asked for is not computed.
     """
@@ -81,7 +93,7 @@ def routed_ffn_backward(
     gmm, tgmm, _ = products
     xs, dys, c = take(x, plan.tokens), take(dy, plan.tokens), _sorted(plan)
     parts = _parts(x, weights, lora, plan)
-    bases, zs = _sums(xs, parts, plan, products)
+    bases, zs = _sums(xs, parts, plan, products, kept)
     h, pull = jax.vjp(_join(activation), *zs)
     h, into_h = h.astype(dtype), [(dys, weights.w_down)]
     if lora is not None:
@@ -144,18 +156,24 @@ def _parts(x, weights, lora, plan) -> list[Part]:
     return [part(name) for name in names]
 
 
-def _sums(xs, parts, plan, products: RoutedProducts):
+def _wide(xs, parts, plan, products: RoutedProducts):
+    """The large products: `x w + bias` of each part, with LoRA where nothing comes in between."""
+    own = slice(1) if plan.scaled == "products" else slice(None)
+    return [products.gmm(part.terms(xs)[own], plan.group_sizes, part.bias) for part in parts]
+
+
+def _sums(xs, parts, plan, products: RoutedProducts, kept=None):
     """`x w + bias` of each part, None unless the coefficients scale it; z: with those and LoRA."""
-    gmm, sizes = products.gmm, plan.group_sizes
+    wide = _wide(xs, parts, plan, products) if kept is None else kept
+    wide = [z.astype(jnp.float32) for z in wide]
     if plan.scaled != "products":
-        zs = [gmm(part.terms(xs), sizes, part.bias).astype(jnp.float32) for part in parts]
-        return [None] * len(parts), zs
-    c, bases, zs = _sorted(plan), [], []
-    for part in parts:
-        (base, *low) = part.terms(xs)
-        bases.append(gmm([base], sizes, part.bias).astype(jnp.float32))
-        zs.append(sum((gmm([term], sizes) for term in low), c * bases[-1]))
-    return bases, zs
+        return [None] * len(parts), wide
+    c, zs = _sorted(plan), []
+    for part, base in zip(parts, wide, strict=True):
+        # Small, so that it need not be kept: base and z both follow from the base.
+        low = (products.gmm([term], plan.group_sizes) for term in part.terms(xs)[1:])
+        zs.append(sum(low, c * base))
+    return wide, zs
 
 
 def _join(activation):

@@ -101,6 +101,19 @@ def test_a_call_is_the_functional_one(coefficient):
     assert not np.asarray(want)[1, 5:].any()
 
 
+def test_products_are_kept_for_the_backward_pass_of_a_layer_that_asks_for_it():
+    layers = {recompute: touched(routed(recompute=recompute)) for recompute in (True, False)}
+    assert [layer.recompute for layer in layers.values()] == [True, False]
+    hidden, gradients = (2 * 9 * 2, F // G), {}
+    for recompute, layer in layers.items():
+        graph, state = nnx.split(layer)
+        y, pull = jax.vjp(lambda state, graph=graph: nnx.merge(graph, state)(inputs()), state)
+        assert recompute != (hidden in {leaf.shape for leaf in jax.tree.leaves(pull)})
+        gradients[recompute] = pull(y)
+    for one, other in zip(*map(jax.tree.leaves, gradients.values()), strict=True):
+        assert_near(one, other, 1e-6, "gradient")
+
+
 def test_dtypes_are_those_of_flax():
     for param_dtype, dtype in (("float32", "bfloat16"), ("bfloat16", None)):
         layers = dense(param_dtype=param_dtype, dtype=dtype)

@@ -24,8 +24,8 @@ def for_kernels(c: Case, grow: int) -> Case:
     return dataclasses.replace(c, M=tokens, activation=activation, dtype=dtype, **size)
 
 
-def check(c):
-    y, got = value_and_gradients(c, c.dtype, "pallas")
+def check(c, **options):
+    y, got = value_and_gradients(c, c.dtype, "pallas", **options)
     want_y, want = value_and_gradients(c, "float32", "reference")
     tolerance = TOLERANCES[c.dtype]
     assert y.dtype == jnp.dtype(c.dtype)
@@ -51,6 +51,27 @@ def test_values_and_gradients_match_the_reference(c, monkeypatch):
         check(c)
 
 
+SPT = Case(name="spt", D=64, E=64, G=3, R=3, gated=True, masked=True, coefficient="spt",
+           activation="silu", dtype="bfloat16")  # fmt: skip
+PLAIN = Case(name="plain", D=64, E=64, G=3, bias=False, dtype="float16")
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("c", "frozen"), [(c, c.R > 0) for c in (*INTERPRETED, SPT, PLAIN)] + [(INTERPRETED[1], False)]
+)
+def test_kept_products_give_the_same_gradients(c, frozen):
+    with pallas.interpreted():
+        (y, got), (want_y, want) = (
+            value_and_gradients(c, c.dtype, "pallas", frozen=frozen, recompute=recompute)
+            for recompute in (False, True)
+        )
+    # The hidden units of the forward pass alone are of sums that were not rounded to be kept.
+    assert_near(y, want_y, TOLERANCES[c.dtype].output, "y")
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("grow", [1, 4])
 @pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
@@ -58,15 +79,16 @@ def test_values_and_gradients_match_the_reference_on_the_gpu(c, grow):
     c = for_kernels(c, grow)
     with jax.default_matmul_precision("highest"):
         check(c)
+        check(c, recompute=False)
     one, two = (value_and_gradients(c, c.dtype, "pallas") for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-def lowered(c, frozen=False, implementation="pallas"):
+def lowered(c, implementation="pallas", **options):
     *arguments, _ = c.inputs()
 
     def loss(*a):
-        y = run(c, *a, frozen=frozen, implementation=implementation)
+        y = run(c, *a, implementation=implementation, **options)
         return (y.astype(jnp.float32) ** 2).sum()
 
     with pallas.lowering():
@@ -90,7 +112,19 @@ def test_every_kind_of_layer_lowers_and_computes_what_is_asked_for(gated, rank, 
     # Hidden units, y; z, dh, dx; the gradients of the matrices; of each LoRA, the way into its
     # columns and the gradient, once forward for the second matrix as well.
     count = 2 + parts + 2 + (0 if frozen else parts + 1) + (3 + 2 * parts if rank else 0)
-    assert launched(lowered(c, frozen)) == count
+    assert launched(lowered(c, frozen=frozen)) == count
+
+
+@pytest.mark.parametrize(
+    ("options", "fewer"),
+    [({}, 1), ({"gated": True, "R": 16}, 1), ({"gated": True, "R": 16, "coefficient": "spt"}, 2)],
+    ids=["plain", "gated_lora", "gated_lora_spt"],
+)
+def test_kept_products_are_not_launched_again(options, fewer):
+    # The hidden units have one kernel for both parts; what is kept, one for each, but just once.
+    c = Case(name="kept", D=64, E=128, activation="silu", dtype="bfloat16", **options)
+    again, kept = (launched(lowered(c, recompute=recompute)) for recompute in (True, False))
+    assert again - kept == fewer
 
 
 SIZES = [("relu", 64, 64), ("gelu", 320, 64), ("gelu", 64, 320), ("relu", 1024, 256)]
@@ -108,11 +142,13 @@ def test_none_is_the_kernels_where_they_can_run(dtype, kernels):
     assert ("mosaic_gpu" in lowered(c, implementation=None)) == kernels
 
 
-def test_the_hidden_units_are_activated_where_they_are_computed():
+@pytest.mark.parametrize("recompute", [True, False])
+def test_the_hidden_units_are_activated_where_they_are_computed(recompute):
     c = Case(name="forward", D=64, E=64, R=8, gated=True, activation="silu", dtype="bfloat16")
     *arguments, _ = c.inputs()
     with pallas.lowering():
-        traced = jax.jit(lambda *a: run(c, *a, implementation="pallas")).trace(*arguments)
+        options = {"implementation": "pallas", "recompute": recompute}
+        traced = jax.jit(lambda *a: run(c, *a, **options)).trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert launched(text) == 3  # hidden units, y, LoRA's part of y
     assert not any(name in text for name in ("stablehlo.logistic", "stablehlo.exponential"))
