@@ -12,20 +12,22 @@ import numpy as np
 from harness import RESULTS
 from report import DOCS, number, origin, read, table
 
-INTRO = """Written by `benchmarks/report_top_l.py`. Every query keeps its L = T / 8 best keys by their
-codes: exactly these (`top_l_attention`, memory linear in the length), or the blocks of keys that
-most of them lie in, by vote (`top_l_blocks`, time by the number of blocks).
+INTRO = """Written by `benchmarks/report_top_l.py`. Every query keeps its L = T / 8 best keys, by
+their codes: exactly these (`top_l_attention`, memory linear in the length), or the blocks of keys
+that most of them lie in, by vote (`top_l_blocks`, time by the number of blocks).
 
 [What these tables say](top_l_findings.md)."""
 
-QUALITY = """Mass is the share of dense attention's probabilities that the kept keys hold, recall the share
-of the L most probable keys among them; means over seeds or layers. *exact* keeps the most probable
-keys themselves, *window* the nearest ones. Blocks of 16 tokens; *few voters*: two of them vote."""
+QUALITY = """Mass is the share of dense attention's probabilities that the kept keys hold, recall the
+share of the L most probable keys among them; means over seeds or layers. *exact* keeps the most
+probable keys themselves, *window* the nearest ones. Blocks of 16 tokens; *few voters*: two of them
+vote."""
 
-SPEED = """bfloat16, causal, 16 heads of 64 features, 32,768 tokens a call or one sequence; scores are those
-of equal codes (`score="match"`). `x dense` says how many times as long dense causal flash attention
-(cuDNN) takes, whose milliseconds are *dense*. *Best keys* and *blocks* hold their choice, which
-stands alone beside them. MiB are what XLA reserves for both passes beside the arguments."""
+SPEED = """bfloat16, causal, 16 heads of 64 features, 32,768 tokens a call or one sequence; scores
+are those of equal codes (`score="match"`). `x dense` says how many times as long dense causal flash
+attention (cuDNN) takes, whose milliseconds are *dense*. *Best keys* and *blocks* (of 64, 8 queries
+voting) hold their choice, which stands alone beside them. MiB are what XLA reserves for both passes
+beside the arguments."""
 
 
 def speed(record: dict) -> str:
