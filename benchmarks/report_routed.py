@@ -6,6 +6,7 @@
     uv run python benchmarks/report_routed.py        # anywhere (needs the `plots` extra)
 
 A result that is not there has a sentence that says so; a dash is a figure that a result lacks.
+`--keep-hidden` of routed_ffn_gpu.py adds rows, which the tables call kept.
 """
 
 import argparse
@@ -29,6 +30,10 @@ products of the dense one, for k of G blocks: 7 products with both passes where 
 passes (*at most*), were its products as quick and nothing else to do. TFLOP/s count these products,
 repeated ones too, over the whole time; *of dense* are the dense layer's. *Products* is the share of
 grouped products in the eight longest kernels of both passes, by the profiler."""
+KEPT = """*Kept* is `recompute=False`: the products before the activation stay in memory for the
+backward pass, beside the same peers as the row without."""
+KEPT_LOST = """*Kept* rows repeat no product: 6 products for 6, with LoRA 4 for 4, so that they
+gain at most G / k with both passes as well."""
 FINDINGS = """### What these tables say
 
 With half of the blocks the layer was to be 1.7 times as fast as the dense one at D = 4,096, 1.4
@@ -111,6 +116,18 @@ def picture(rows: list[dict]) -> Figure:
     return figure
 
 
+def repeats(row: dict) -> bool:
+    """Whether the backward pass computes the hidden units again, as it always did at first."""
+    return row.get("recompute", True)
+
+
+def shape(row: dict) -> list[str]:
+    """The cells that say what a row of the layer is of."""
+    trained = "all" if row["way"] == "trained" else "LoRA"
+    return [f"{row['features']:,}", f"{row['hidden']:,}", f"{row['active']} of {row['blocks']}",
+            trained if repeats(row) else f"{trained}, kept"]  # fmt: skip
+
+
 def routed(rows: list[dict]) -> str:
     """A row for each shape, share of blocks and way to train."""
     head = ["D", "F", "blocks", "trained", *(
@@ -118,8 +135,7 @@ def routed(rows: list[dict]) -> str:
     ), "MiB", "dense MiB"]  # fmt: skip
     cells = []
     for row in rows:
-        line = [f"{row['features']:,}", f"{row['hidden']:,}", f"{row['active']} of {row['blocks']}",
-                "all" if row["way"] == "trained" else "LoRA"]  # fmt: skip
+        line = shape(row)
         for kind in PASSES:
             mine = row["routed"][kind]
             theirs = (row.get(peer, {}).get(kind) for peer in ("dense", "torch", "xla"))
@@ -132,7 +148,7 @@ def products(row: dict) -> tuple[int, int]:
     """Products as large as a matrix in both passes: of the dense layer, of the routed one."""
     matrices = 3 if row["gated"] else 2
     dense = matrices * (3 if row["way"] == "trained" else 2)
-    return dense, dense + matrices - 1
+    return dense, dense + (matrices - 1 if repeats(row) else 0)
 
 
 def lost(rows: list[dict]) -> str:
@@ -144,8 +160,7 @@ def lost(rows: list[dict]) -> str:
     for row in rows:
         share = row["active"] / row["blocks"]
         flop = 2 * row["tokens"] * row["features"] * row["hidden"]
-        line = [f"{row['features']:,}", f"{row['hidden']:,}", f"{row['active']} of {row['blocks']}",
-                "all" if row["way"] == "trained" else "LoRA"]  # fmt: skip
+        line = shape(row)
         forward = (3 if row["gated"] else 2,) * 2
         for kind, (whole, chosen) in zip(PASSES, (forward, products(row)), strict=True):
             mine, dense = row["routed"][kind], row["dense"][kind]
@@ -184,12 +199,15 @@ def main() -> None:
         text.append(missing)
     text.append("## The routed layer beside the dense one")
     layers = {name: found for name in LAYERS if (found := read(name))}
-    for i, (name, found) in enumerate(layers.items()):
-        told = [] if i else [ROUTED.format(tokens=found["rows"][0]["tokens"])]
-        text += [*told, origin(name, found), routed(found["rows"])]
+    rows = [row for found in layers.values() for row in found["rows"]]
+    kept = not all(map(repeats, rows))
     if layers:
-        rows = [row for found in layers.values() for row in found["rows"]]
-        text += ["### What is lost", LOST, lost(rows), FINDINGS]
+        text += [ROUTED.format(tokens=rows[0]["tokens"]), *([KEPT] if kept else [])]
+    for name, found in layers.items():
+        text += [origin(name, found), routed(found["rows"])]
+    if layers:
+        lines = [LOST, KEPT_LOST] if kept else [LOST]
+        text += ["### What is lost", *lines, lost(rows), FINDINGS]
     else:
         text.append(missing)
     (args.docs / "routed.md").write_text("\n\n".join(text) + "\n")

@@ -8,8 +8,10 @@ and router, the matrices being frozen. Milliseconds are medians over runs of cal
 program (of PyTorch: of queued calls); TFLOP/s count the products of chosen blocks; "x" is the dense
 time over the routed one. With k of G blocks and nothing else to do it would be G / k forward, and
 less with both passes, as the routed layer computes its hidden units again, without a gate one
-product more: 6 G / 7 k trained, 4 G / 5 k with LoRA. Bytes are what XLA reserves beside the
-arguments. Values and gradients are compared with those of the portable implementation first.
+product more: 6 G / 7 k trained, 4 G / 5 k with LoRA. --keep-hidden also times `recompute=False`, in
+rows of its own beside the same peers: with no product more, for more bytes. Bytes are what XLA
+reserves beside the arguments. Values and gradients are compared with those of the portable
+implementation first.
 """
 
 import argparse
@@ -38,13 +40,13 @@ def dense(x, tuned, fixed, *, activation, **_):
     return product(act(product(x, "gate")) * up if "gate" in w else act(up), "down")
 
 
-def routed(x, tuned, fixed, *, activation, active, implementation):
+def routed(x, tuned, fixed, *, activation, active, **options):
     """Router, choice and the chosen blocks."""
     given = tuned | fixed
     p = jax.nn.sigmoid(jnp.matmul(x, given["router"], preferred_element_type=jnp.float32))
     return sparsax.routed_ffn(
         x, given["blocks"], sparsax.route_top_k(p, active), activation=activation,
-        lora=given.get("lora"), frozen="blocks" in fixed, implementation=implementation,
+        lora=given.get("lora"), frozen="blocks" in fixed, **options,
     )  # fmt: skip
 
 
@@ -185,12 +187,15 @@ def of_torch(args, features: int, hidden: int, blocks: int, active: int, frozen:
 
 
 def measure(args, features: int, hidden: int, blocks: int, active: int) -> list[dict]:
-    """Rows of one shape: trained, and frozen with LoRA."""
+    """Rows of one shape: trained, and frozen with LoRA; each of every kind of the layer."""
     x, dy = jax.random.normal(jax.random.key(1), (2, args.tokens, features), jnp.bfloat16)
-    layers = {"dense": partial(dense, activation=args.activation)} | {
-        name: partial(routed, activation=args.activation, active=active, implementation=name)
-        for name in (args.implementation, "xla")
-    }
+    kinds = {"routed": True} | ({"kept": False} if args.keep_hidden else {})  # what recomputes
+    layer = partial(routed, activation=args.activation, active=active)
+    ours = partial(layer, implementation=args.implementation)
+    layers = {
+        "dense": partial(dense, activation=args.activation),
+        "xla": partial(layer, implementation="xla"),
+    } | {kind: partial(ours, recompute=recompute) for kind, recompute in kinds.items()}
     programs = {}
     with ThreadPoolExecutor() as pool:  # all are compiled before any is timed
         for way, parts in parameters(args, features, hidden, blocks).items():
@@ -199,25 +204,31 @@ def measure(args, features: int, hidden: int, blocks: int, active: int) -> list[
                 programs[way, name] = Programs.start(pool, layer, x, dy, *given, args.calls)
     rows = []
     for way in ("trained", "lora"):
-        ours, portable = programs[way, args.implementation], programs[way, "xla"]
-        row = {
-            "features": features, "hidden": hidden, "blocks": blocks, "active": active,
-            "tokens": args.tokens, "gated": args.gated, "way": way,
-            "error": check(ours.results(), portable.results()),
-            "dense": programs[way, "dense"].time(args.calls), "routed": ours.time(args.calls),
-            "xla": portable.time(args.calls),
-        }  # fmt: skip
-        if jax.default_backend() == "gpu":
-            row["kernels_ms"] = kernels(ours.once.result(), *ours.both_args)
+        beside = {name: programs[way, name].time(args.calls) for name in ("dense", "xla")}
         if args.torch:
-            try:
-                row["torch"] = of_torch(args, features, hidden, blocks, active, way == "lora")
-            except RuntimeError as error:  # releases differ in what they derive
-                row["torch_error"] = str(error)
-                print("torch:", error)
-        rows.append(row)
-        show(row)
+            beside |= try_torch(args, features, hidden, blocks, active, way == "lora")
+        for kind, recompute in kinds.items():
+            mine, portable = programs[way, kind], programs[way, "xla"]
+            row = {
+                "features": features, "hidden": hidden, "blocks": blocks, "active": active,
+                "tokens": args.tokens, "gated": args.gated, "way": way, "recompute": recompute,
+                "error": check(mine.results(), portable.results()),
+                "routed": mine.time(args.calls), **beside,
+            }  # fmt: skip
+            if jax.default_backend() == "gpu":
+                row["kernels_ms"] = kernels(mine.once.result(), *mine.both_args)
+            rows.append(row)
+            show(row)
     return rows
+
+
+def try_torch(*shape) -> dict:
+    """PyTorch's times, or why there are none."""
+    try:
+        return {"torch": of_torch(*shape)}
+    except RuntimeError as error:  # releases differ in what they derive
+        print("torch:", error)
+        return {"torch_error": str(error)}
 
 
 def show(row: dict) -> None:
@@ -225,7 +236,7 @@ def show(row: dict) -> None:
     flop = 2 * matrices * row["tokens"] * row["features"] * row["hidden"]
     flop *= row["active"] / row["blocks"]
     line = f"{row['features']:5d} {row['hidden']:6d} {row['active']} of {row['blocks']}"
-    line += f" {row['way']:7s}"
+    line += f" {row['way']:7s} {'' if row['recompute'] else 'kept':4s}"
     for which, passes in (("forward_ms", 1), ("both_ms", 3 if row["way"] == "trained" else 2)):
         time = row["routed"][which]
         beside = {n: row[n][which] for n in ("dense", "torch", "xla") if n in row}
@@ -242,6 +253,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--activation", default="gelu", choices=["relu", "silu", "gelu"])
     parser.add_argument("--gated", action="store_true", help="SwiGLU and its kin")
+    parser.add_argument("--keep-hidden", action="store_true", help="also with recompute=False")
     parser.add_argument("--implementation", default="pallas", choices=["pallas", "xla"])
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--torch", action="store_true", help="also PyTorch's grouped products")
@@ -249,7 +261,7 @@ def main() -> None:
     args, rows = parser.parse_args(), []
     if args.torch and args.gated:
         parser.error("--torch has no gate")
-    print("    D      F   blocks   way | forward ms, TFLOP/s, others | and backward")
+    print("    D      F   blocks   way       | forward ms, TFLOP/s, others | and backward")
     for shape in args.shapes:
         for blocks in args.blocks:
             active, count = map(int, blocks.split("/"))

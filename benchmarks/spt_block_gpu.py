@@ -11,11 +11,13 @@ alone), "top_l" (exact, by tables), "match" (exact, by equal codes, which has ke
 or "blocks" (blocks of 128 by vote of equal codes, for speed). Milliseconds are medians over runs of
 queued steps. MiB are what a step holds at its peak by XLA's buffer assignment: parameters,
 optimizer, input, output and temporaries. Routers and codebooks are random: what is computed is the
-same, but for "blocks", whose votes spread as those of random keys do.
+same, but for "blocks", whose votes spread as those of random keys do. --keep-hidden measures "SPT,
+kept" beside "SPT": the routed layer with `recompute=False`.
 """
 
 import argparse
 import dataclasses
+import itertools
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -41,7 +43,7 @@ TOKENS = 8192  # of a batch
 KINDS = ("materialised", "flash", "top_l", "match", "blocks")  # of attention
 
 
-def ways(keep: int) -> dict[tuple[str, str], tuple[list, object]]:
+def ways(keep: int, keep_hidden: bool) -> dict[tuple[str, str], tuple[list, object]]:
     """Rules and what is trained, by way and kind of attention."""
     lora = [LoRA(path=rf"{PROJECTIONS}|ffn\.(up|down)", rank=RANK)]
     top_l = TopL(path="attention", keep=keep, sequences=0)
@@ -50,7 +52,11 @@ def ways(keep: int) -> dict[tuple[str, str], tuple[list, object]]:
     dense = {"full": ([], nnx.Param), "LoRA": (lora, nnx.LoRAParam)}
     found = {(way, kind): dense[way] for way in dense for kind in ("materialised", "flash")}
     spt = {"flash": [], "top_l": [top_l], "match": [match], "blocks": [blocks]}
-    return found | {("SPT", k): ([LORA, ROUTED, *rules], TUNED) for k, rules in spt.items()}
+    routed = {"SPT": ROUTED}
+    if keep_hidden:
+        routed["SPT, kept"] = dataclasses.replace(ROUTED, recompute=False)
+    each = itertools.product(routed.items(), spt.items())
+    return found | {(w, k): ([LORA, rule, *rules], TUNED) for (w, rule), (k, rules) in each}
 
 
 def training_step(model, wrt):
@@ -117,7 +123,7 @@ def prepare(args, done: Rows, features: int, length: int) -> dict:
     shape = 2, 1 if args.quick else max(1, TOKENS // length), length, features
     x, dy = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
     models = {}
-    for (way, kind), (rules, wrt) in ways(length // 8).items():
+    for (way, kind), (rules, wrt) in ways(length // 8, args.keep_hidden).items():
         key = {"features": features, "length": length, "way": way, "attention": kind}
         if kind in args.kinds and not done.has(**key):
             models[way, kind] = key, block(features, length, rules, kind, args), wrt
@@ -138,6 +144,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--flash", default="cudnn", choices=["cudnn", "xla"])
     parser.add_argument("--routed", choices=["xla", "pallas"], help="of the routed FFN")
+    parser.add_argument("--keep-hidden", action="store_true", help="also with recompute=False")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     parser.add_argument("--name", default="spt_block_gpu", help="of the result")
     parser.add_argument("--quick", action="store_true", help="a tiny block, anywhere")
@@ -147,7 +154,7 @@ def main() -> None:
                  "name": args.name + "_quick"}  # fmt: skip
         vars(args).update(quick)
     done = Rows(args.name, ("features", "length", "way", "attention"), resume=args.resume)
-    print("    D length  way   attention       ms     MiB    trained       s")
+    print("    D length  way        attention       ms     MiB    trained       s")
     for features in args.features:
         for length in args.lengths:
             steps = prepare(args, done, features, length)
@@ -156,7 +163,7 @@ def main() -> None:
                 key, step = steps.pop((way, kind))  # and with it what it trains
                 row = done.add(begin, key | step(args.calls))
                 told = f"{row['ms']:7.2f} {row['bytes'] / 2**20:7.0f} {row['trained']:10,}"
-                print(f"{features:5d} {length:6d}  {way:4s}  {kind:12s} {told} {row['took']:7.1f}",
+                print(f"{features:5d} {length:6d}  {way:9s}  {kind:12s} {told} {row['took']:7.1f}",
                       flush=True)  # fmt: skip
 
 
