@@ -6,6 +6,7 @@
     uv run python benchmarks/report_routed.py        # anywhere (needs the `plots` extra)
 
 A result that is not there has a sentence that says so; a dash is a figure that a result lacks.
+`--keep-hidden` of routed_ffn_gpu.py adds rows, which the tables call kept.
 """
 
 import argparse

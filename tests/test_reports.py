@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import report
+import report_routed
 
 REPORTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("report_*.py"))
 
@@ -18,3 +20,33 @@ def test_report_is_written_from_what_is_committed(name, tmp_path, monkeypatch):
     for path in written:
         committed = REPORTS[0].parents[1] / "docs" / path.name
         assert path.read_text() == committed.read_text(), f"run benchmarks/{name}.py again"
+
+
+@pytest.mark.parametrize(
+    ("way", "gated", "again", "kept"),
+    [("trained", False, 7, 6), ("lora", False, 5, 4), ("trained", True, 11, 9),
+     ("lora", True, 8, 6)],
+)  # fmt: skip
+def test_rows_that_keep_their_products_are_told_apart(way, gated, again, kept):
+    rows = report_routed.read("routed_ffn_large")["rows"]
+    old = next(row for row in rows if row["way"] == way) | {"gated": gated}  # says nothing of it
+    rows = [old, old | {"recompute": True}, old | {"recompute": False}]
+    found = [(report_routed.shape(row)[3], *report_routed.products(row)) for row in rows]
+    name = "all" if way == "trained" else "LoRA"
+    assert found == [(name, kept, again)] * 2 + [(f"{name}, kept", kept, kept)]
+
+
+def test_the_report_says_what_kept_rows_are(tmp_path, monkeypatch):
+    def read(name):
+        record = report.read(name)
+        if name == "routed_ffn_large":
+            record["rows"].append(record["rows"][0] | {"recompute": False})
+        return record
+
+    monkeypatch.setattr(sys, "argv", ["report_routed", "--docs", str(tmp_path)])
+    monkeypatch.setattr(report_routed, "read", read)
+    report_routed.main()
+    text = (tmp_path / "routed.md").read_text()
+    assert "*Kept* rows repeat no product" in text
+    rows = [line.split(" | ") for line in text.splitlines() if "| all, kept |" in line]
+    assert [row[8] for row in rows] == ["1.99", "2.00"]  # milliseconds, and G / k at most
