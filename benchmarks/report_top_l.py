@@ -18,8 +18,8 @@ that most of them lie in, by vote (`top_l_blocks`, time by the number of blocks)
 
 [What these tables say](top_l_findings.md)."""
 
-QUALITY = """Mass is the share of dense attention's probabilities that the kept keys hold, recall the
-share of the L most probable keys among them; means over seeds or layers. *exact* keeps the most
+QUALITY = """Mass is the share of dense attention's probabilities that the kept keys hold, recall
+the share of the L most probable keys among them; means over seeds or layers. *exact* keeps the most
 probable keys themselves, *window* the nearest ones. Blocks of 16 tokens; *few voters*: two of them
 vote."""
 
