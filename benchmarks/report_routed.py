@@ -19,7 +19,7 @@ from report import DOCS, number, origin, read, table
 PRODUCTS = ("gmm", "dx", "dw")
 PEERS = {"dense": "cuBLAS", "torch": "PyTorch", "ragged_dot": "ragged_dot", "xla": "portable"}
 PASSES = {"forward_ms": "forward", "both_ms": "forward + backward"}
-LAYERS = ("routed_ffn_gpu", "routed_ffn_large")
+LAYERS = ("routed_ffn_gpu", "routed_ffn_large", "routed_ffn_h100", "routed_ffn_kept")
 ROUTED = """bfloat16, {tokens:,} tokens, GELU, a random router: choosing and sorting are in the
 time. LoRA: rank 16 beside frozen matrices, of the dense layer as well. PyTorch is the same layer of
 its grouped products, run operation by operation. MiB are what XLA reserves for both passes beside
@@ -37,35 +37,35 @@ gain at most G / k with both passes as well."""
 FINDINGS = """### What these tables say
 
 With half of the blocks the layer was to be 1.7 times as fast as the dense one at D = 4,096, 1.4
-times at 2,048, and never slower from 1,024 on.
+times at 2,048, and never slower from 1,024 on. In the first result choices were sorted, and in the
+first three no two thread blocks shared what they read.
 
-- **4,096: missed.** 1.41 and 1.67 times (LoRA) forward, 1.43 and 1.24 with both passes.
-- **2,048: missed, but for one figure.** 1.23 to 1.43 forward, 1.11 to 1.40 with both passes; 2 of
-  4 blocks with LoRA reach 1.43 forward, trained 1.395 with both passes.
-- **1,024: missed as far as measured.** .78 to .95, all slower. That was before choices were
-  counted instead of sorted, and the layer alone was not measured again. A whole block of 1,024
-  features (ReLU, LoRA, 2 of 4) now takes a step 1.04 times as fast with it as without
-  ([finetuning.md](finetuning.md)).
+- **4,096, 2 of 4 blocks: reached forward, and with both passes where all is trained and kept.**
+  1.8 to 1.9 times forward on an H200. With both passes 1.73 if the hidden units are kept, 1.52 if
+  they are computed again; with LoRA 1.64 and 1.36. On an H100, all computed again and no copies
+  shared, 1.58 and 1.79 forward, 1.45 and 1.27 with both. 4 of 8 blocks, measured before, had 1.4 to
+  1.7 and 1.2 to 1.4.
+- **2,048: missed when it was measured, but for one figure.** 1.23 to 1.43 forward, 1.11 to 1.40
+  with both passes; 2 of 4 blocks with LoRA reach 1.43 forward, trained 1.395 with both passes. Not
+  measured since.
+- **1,024: not slower, but with LoRA and both passes.** 2 of 4 blocks on an H100: 1.16 and 1.22
+  forward, 1.07 with both passes, .93 with LoRA, all computed again.
 
-The repeated product alone puts the ceiling of both passes at 1.71 times, and at 1.6 with LoRA:
-the aim of 1.7 was there, or above. The rest is lost around the products. With both passes at
-4,096 the layer has 83 % of the dense one's TFLOP/s, and products are 87 % of its kernels' time;
-with LoRA these are 78 and 81 %. At 2,048 they are 75 and 77 for 4 of 8 blocks, 81 and 81 for 2 of
-4; with LoRA 69 and 71, 77 and 75. Where the two agree, products run as fast as the dense layer's.
-What remains, 13 to 29 % of the time, goes to gathering rows, the activation and its gradient,
-summing each token's choices, and choosing. It grows with D where products grow with D x F, and 4
-of 8 blocks gather twice as many rows as 2 of 4. At 1,024 it is more (34 to 39 %), and products
-are slower than the dense layer's, too. Forward alone the layer has 62 to 84 % of the dense one's
-TFLOP/s from 2,048 on; no profile is of that pass. LoRA slows the dense layer, too (by 14 to 20 %
-in TFLOP/s at 2,048, 9 to 10 at 4,096), which the better ratios forward owe something to.
+A repeated product puts the ceiling of both passes at 1.71 times, and at 1.6 with LoRA; kept, at 2.
+The rest is lost around the products: gathering rows, the activation and its gradient, summing each
+token's choices, and choosing. By the profiler products are 80 to 90 % of the time of the longest
+kernels at 4,096, 71 to 81 % at 2,048 and 61 to 66 % at 1,024; with both passes the layer has 78 to
+89, 69 to 81 and 49 to 62 % of the dense one's TFLOP/s. 4 of 8 blocks gather twice as many rows as 2
+of 4. LoRA slows the dense layer, too (by 9 to 14 % in TFLOP/s at 4,096), which the better ratios
+forward owe something to.
 
-PyTorch takes 1.14 to 1.97 times as long at 2,048 and 4,096, 2.1 to 4.2 times at 1,024. Its
-grouped products alone are up to a quarter faster than ours (first table), so what is gained is
-around them; no compiler joined its operations here. Memory is that of the dense layer where all
-is trained (4 of 8 blocks below 4,096: a fifth more), and 70 to 103 % of it with LoRA.
+PyTorch takes 1.03 to 1.97 times as long at 2,048 and 4,096, 2.1 to 4.4 times at 1,024. Its
+grouped products alone are up to a quarter faster than ours in the first table, from before thread
+blocks shared copies; no compiler joined its operations here. Memory is that of the dense layer
+where all is trained, or less (4 of 8 blocks below 4,096: a fifth more), and 70 to 103 % of it with
+LoRA. What is kept does not show in it, as the peak is elsewhere.
 
-Times vary from row to row: at 4,096 forward took longer trained than with LoRA, which does more.
-Not measured: 2 of 4 blocks at 4,096, 1,024 on the newer commit, gates."""
+Not measured: 4 of 8 blocks and 2,048 on the newer commits, gates."""
 
 
 def times(row: dict, who: str, product: str) -> float | None:

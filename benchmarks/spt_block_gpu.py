@@ -8,8 +8,8 @@ Forward, backward and Adam of a block amid others, whose output and input's grad
 bfloat16, ReLU (OPT's block), 8,192 tokens or one sequence. SPT is LoRA of rank 16, 2 of 4 blocks of
 the feed-forward layer, and an eighth of the keys. Attention is "materialised" (what the paper's
 baselines had), "flash" (cuDNN; SPT then has the routed layer alone), "top_l" (exact, by tables),
-"match" (exact, by equal codes, which has kernels; the paper's) or "blocks" (blocks of 128 by vote of
-equal codes, for speed). Milliseconds are medians over runs of queued steps. MiB are what a step
+"match" (exact, by equal codes, which has kernels; the paper's) or "blocks" (blocks of 128 by vote
+of equal codes, for speed). Milliseconds are medians over runs of queued steps. MiB are what a step
 holds at its peak by XLA's buffer assignment: parameters, optimizer, input, output and temporaries.
 Routers and codebooks are random: what is computed is the same, but for "blocks", whose votes spread
 as those of random keys do. --keep-hidden measures "SPT, kept" beside "SPT": the routed layer with
