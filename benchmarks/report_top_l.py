@@ -26,13 +26,14 @@ vote."""
 SPEED = """bfloat16, causal, 16 heads of 64 features, 32,768 tokens a call or one sequence; scores
 are those of equal codes (`score="match"`). `x dense` says how many times as long dense causal flash
 attention (cuDNN) takes, whose milliseconds are *dense*. *Best keys* and *blocks* (of 64, 8 queries
-voting) hold their choice, which stands alone beside them. MiB are what XLA reserves for both passes
-beside the arguments."""
+voting) hold their choice, which stands alone beside them. Codes are given; making them of queries
+and keys, once for both passes, takes a layer as long as *codes* says. MiB are what XLA reserves for
+both passes beside the arguments."""
 
 
 def speed(record: dict) -> str:
-    head = ["length", "batch", "dense", "best keys", "choice", "x dense", "blocks", "choice",
-            "x dense", "dense, both passes", "best keys", "x dense", "blocks", "x dense",
+    head = ["length", "batch", "codes", "dense", "best keys", "choice", "x dense", "blocks",
+            "choice", "x dense", "dense, both passes", "best keys", "x dense", "blocks", "x dense",
             "MiB dense", "best keys", "blocks"]  # fmt: skip
     rows = []
     for row in record["rows"]:
@@ -40,7 +41,8 @@ def speed(record: dict) -> str:
         times = lambda x, key, dense=dense: number(dense[key] / x[key]) if x and dense else "-"
         ms = lambda x, key="ms": number(x.get(key))
         rows.append([
-            f"{row['length']:,}", str(row["batch"]), ms(dense, "forward_ms"),
+            f"{row['length']:,}", str(row["batch"]), ms(row.get("encode", {})),
+            ms(dense, "forward_ms"),
             ms(ours, "forward_ms"), ms(row.get("select", {})), times(ours, "forward_ms"),
             ms(blocks, "forward_ms"), ms(row.get("vote", {})), times(blocks, "forward_ms"),
             ms(dense, "both_ms"), ms(ours, "both_ms"), times(ours, "both_ms"),

@@ -45,8 +45,10 @@ def routed_ffn(
             keeps them from the forward pass: M * E numbers each in x's dtype, for M = B * k choices
             and E units of a block, k / G of what the dense layer keeps of its own. Both passes then
             do 6 large products instead of 7 (4 instead of 5 with LoRA and frozen weights; gated 9
-            for 11, 6 for 8). Without a gradient nothing is kept. "reference" always keeps all, and
-            so may XLA with "xla" where both passes are one program, whose equal products it merges.
+            for 11, 6 for 8). What is kept is rounded to x's dtype before the activation, which the
+            kernels' forward pass without a gradient does not do. Without a gradient nothing is
+            kept. "reference" always keeps all, and so may XLA with "xla" where both passes are one
+            program, whose equal products it merges.
         implementation: "reference" (dense, float32), "xla" (any device), "pallas" (Hopper GPUs:
             bfloat16 or float16, features D and units E of a block in multiples of 64, any
             activation but "gelu_exact"), or None for "pallas" where it can run and "xla" elsewhere.

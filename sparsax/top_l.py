@@ -106,7 +106,7 @@ def top_l_blocks(
     *,
     keep: int,
     block: int = 64,
-    voters: int | None = 8,
+    voters: int | None = None,
     causal: bool = False,
     key_mask: Bool[Array, "B S"] | None = None,
     implementation: Implementation | None = None,
@@ -120,7 +120,8 @@ def top_l_blocks(
         codes: of queries and keys, from `ProductQuantizer.codes`.
         keep: L, votes of a query and, rounded up to blocks, keys that it attends to.
         block: tokens in a block, of queries and of keys.
-        voters: queries of a block that vote, a divisor of `block`; all of them when None.
+        voters: queries of a block that vote, a divisor of `block`; 8 when None, or as many of them
+            as divide it.
         causal: whether a query sees keys of its own index and below only. Give the attention over
             the pattern the same.
         key_mask: False where a token is padding: it neither votes nor is voted for.
@@ -147,7 +148,7 @@ def top_l_blocks(
         >>> pattern.kv_num_blocks[0, 0].tolist()
         [1, 2, 2, 2, 2, 2, 2, 2]
     """
-    stride = topl.check_voters(codes, keep, key_mask, block, voters)
+    stride = topl.check_votes(codes, keep, key_mask, block, voters)
     refused = pallas.top_l.votes_refusal(codes, block)
     chosen = checks.implementation(implementation, "xla" if refused else "pallas")
     static = {"keep": keep, "block": block, "stride": stride, "causal": causal}

@@ -11,6 +11,7 @@ from sparsax.attention import block_sparse_attention
 from sparsax.nn.attention import SparseAttention
 from sparsax.nn.projections import attention_projections, out_shape
 from sparsax.nn.rotary import rotate
+from sparsax.patterns import topl
 from sparsax.quantise import ProductQuantizer, Score
 from sparsax.top_l import top_l_attention, top_l_blocks
 from sparsax.typing import Implementation
@@ -55,8 +56,9 @@ class TopLAttention(nnx.Module):
         use_bias: whether the projections have a bias.
         decay: of the codebooks' moving average.
         use_running_average: False while calls move the codebooks.
-        implementation: which implementation runs, see `sparsax.top_l_attention` and
-            `sparsax.block_sparse_attention`.
+        implementation: which implementation of attention runs, see `sparsax.top_l_attention` and
+            `sparsax.block_sparse_attention`. Votes run in their kernel where it can, unless this is
+            "xla" or "reference": they are whole numbers, the same in both.
         dtype: of the computation; the input's when None.
         rngs: stream of the initial parameters.
 
@@ -87,7 +89,7 @@ class TopLAttention(nnx.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         block: int = 64,
-        voters: int | None = 8,
+        voters: int | None = None,
         causal: bool = False,
         rotary: float | None = None,
         use_bias: bool = True,
@@ -107,8 +109,8 @@ class TopLAttention(nnx.Module):
         shape = num_kv_heads, head_dim // 8, 16
         self.codebooks = Codebooks(jax.random.normal(rngs.params(), (*shape, 8)))
         self.codebook_weights = CodebookWeights(jnp.full(shape, 1 / 16))
-        if select == "blocks" and voters is not None and (voters < 1 or block % voters):
-            raise ValueError(f"voters must divide the {block} queries of a block; got {voters}.")
+        if select == "blocks":
+            topl.voting_stride(block, voters)  # raises
         self.keep, self.causal, self.decay = keep, causal, decay
         self.block, self.voters = block, voters
         self.rotary = rotary
@@ -194,7 +196,8 @@ class TopLAttention(nnx.Module):
         else:
             pattern = top_l_blocks(
                 codes, keep=keep, block=self.block, voters=self.voters, causal=self.causal,
-                key_mask=key_mask, implementation=self.implementation,
+                key_mask=key_mask,
+                implementation=None if self.implementation == "pallas" else self.implementation,
             )  # fmt: skip
             o = self._over_blocks(q, k, v, pattern, key_mask)
         return self.out(o)

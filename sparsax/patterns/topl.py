@@ -5,6 +5,7 @@ query always keeps its own key, and rows that see fewer than L keys keep all of 
 """
 
 import dataclasses
+import math
 import typing
 
 import jax
@@ -23,6 +24,8 @@ from sparsax.quantise.codes import (
     tile_rows,
     tile_scores,
 )
+
+VOTERS = 8  # of a block; few more than are wanted for its best blocks to be found
 
 
 @typing.no_type_check  # jax rebuilds pytrees with leaves of other types
@@ -121,7 +124,7 @@ def blocks(
         keep: L, votes of a query and, rounded up to blocks, keys that it attends to.
         block: tokens in a block, of queries and of keys.
         voters: queries of a block that vote, every `block / voters`-th from its first on, at a cost
-            in proportion; all of them when None.
+            in proportion; 8 when None, or as many of them as divide the block.
         causal: whether a query sees keys of its own index and below only. Give the attention over
             the pattern the same.
         key_mask: False where a token is padding: it neither votes nor is voted for.
@@ -134,7 +137,7 @@ def blocks(
         ValueError: as for `tokens`; or a block is longer than the sequence, or voters do not divide
             it.
     """
-    stride = check_voters(codes, keep, key_mask, block, voters)
+    stride = check_votes(codes, keep, key_mask, block, voters)
     counts = votes(codes, keep=keep, block=block, stride=stride, causal=causal, key_mask=key_mask)
     return elect(counts, codes, keep=keep, block=block, stride=stride, causal=causal)
 
@@ -178,15 +181,25 @@ def elect(
     )
 
 
-def check_voters(
+def check_votes(
     codes: Codes, keep: int, key_mask: Array | None, block: int, voters: int | None
 ) -> int:
     """Of how many queries one votes; ValueError as for `blocks`."""
     length = check_codes(codes, keep, key_mask)
     check_blocks(length, length, block, block)
-    if voters is not None and (voters < 1 or block % voters):
-        raise ValueError(f"voters must divide the {block} queries of a block; got {voters}.")
-    return 1 if voters is None else block // voters
+    return voting_stride(block, voters)
+
+
+def voting_stride(block: int, voters: int | None) -> int:
+    """Of how many queries of a block one votes; ValueError where voters do not divide them."""
+    if voters is None:
+        voters = math.gcd(block, VOTERS)
+    if isinstance(voters, bool) or not isinstance(voters, int) or voters < 1 or block % voters:
+        raise ValueError(
+            f"voters must be a whole number that divides the {block} queries of a block; got "
+            f"{voters!r}. voters={math.gcd(block, VOTERS)} would do, or voters={block} for all."
+        )
+    return block // voters
 
 
 def _over_rows(function, codes, causal, key_mask, tile, stride=1):

@@ -61,7 +61,7 @@ class TopL:
     select: Select = "tokens"
     score: Score | None = None
     block: int = 64
-    voters: int | None = 8
+    voters: int | None = None
     sequences: int = 8
     modules: tuple[type[nnx.Module], ...] = (SparseAttention,)
     causal: bool | None = None

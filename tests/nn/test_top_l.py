@@ -200,7 +200,7 @@ REFUSED = {
     "keep": ({"keep": 0}, "keep at least 1.*got 8, 0 and"),
     "decay": ({"decay": 1.0}, r"decay within \[0, 1\); got 8, 16 and 1.0"),
     "select": ({"select": "rows"}, r"select must be one of \('tokens', 'blocks'\); got 'rows'"),
-    "voters": ({"select": "blocks", "voters": 3}, "voters must divide the 8 queries.*got 3"),
+    "voters": ({"select": "blocks", "voters": 3}, "divides the 8 queries.*got 3"),
     "score": ({"score": "dot"}, r"score must be one of \('match', 'adc'\); got 'dot'"),
 }
 

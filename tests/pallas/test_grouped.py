@@ -76,7 +76,7 @@ ALONE = {  # one kernel each
 @pytest.mark.parametrize("name", ALONE)
 @pytest.mark.usefixtures("few_blocks", "no_races")
 def test_no_races(name):
-    inputs = Case(name="races", sizes=(3, 297, 0, 30), M=340, D=256, F=512, dtype="bfloat16")
+    inputs = Case(name="races", sizes=(3, 297, 0, 30), M=340, D=512, F=512, dtype="bfloat16")
     inputs, run = inputs.inputs(), ALONE[name]
     with pallas.interpreted(detect_races=True):
         got = jax.block_until_ready(

@@ -37,7 +37,7 @@ def check(c, **options):
 
 INTERPRETED = (
     Case(name="lora_masked", M=(40,), D=64, E=64, G=3, R=3, masked=True, dtype="bfloat16"),
-    Case(name="gated_lora", M=(30,), D=64, E=128, G=2, k=1, R=4, gated=True, activation="silu",
+    Case(name="gated_lora", M=(30,), D=64, E=256, G=2, k=1, R=4, gated=True, activation="silu",
          dtype="float16"),
 )  # fmt: skip
 

@@ -57,11 +57,17 @@ def test_interpreted_kernel_counts_the_portable_votes(c, block, voters):
 
 
 @pytest.mark.usefixtures("no_races", "fresh")
-def test_one_warpgroup_walks_all_keys_where_there_are_many_queries(monkeypatch):
-    monkeypatch.setattr(walk, "BUSY", 0)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_fewer_warpgroups_walk_the_keys_where_there_are_many_queries(parts, monkeypatch):
+    padding, two_tiles = MATCH["padding"], Case(name="two_tiles", B=1, T=200, N=4, K=1, keep=21)
+    monkeypatch.setattr(walk, "BUSY", 16 * (parts - 1))  # both have 8 row tiles
+    monkeypatch.setattr(walk, "multiprocessors", lambda: 1)
+    for c, stride in ((padding, 8), (two_tiles, 1)):
+        *_, codes, key_mask = c.inputs()
+        assert walk.Walked.of(codes, key_mask, c.keep, c.causal, stride).parts == parts
     with pallas.interpreted(detect_races=True):
-        check(MATCH["padding"], 32, 4)
-        check_integers(MATCH["mqa"])
+        check(padding, 32, 4)
+        check_integers(two_tiles)
 
 
 @pytest.mark.gpu

@@ -69,7 +69,7 @@ def test_equal_scores_keep_the_most_recent_keys():
 
 def plain_blocks(codes, keep, causal, real, voters=None):
     """`[K, I, J]` by votes of the plain top-L, then a sort by (own, sink, votes, position)."""
-    stride = BLOCK // (voters or BLOCK)
+    stride = BLOCK // (voters or BLOCK)  # of so few the default is all
     scores, group = plain_scores(codes)[0], codes.queries.shape[2] // codes.keys.shape[2]
     num = -(-scores.shape[1] // BLOCK)
     votes = np.zeros((len(scores) // group, num, num), int)
@@ -176,9 +176,19 @@ def test_blocks_longer_than_the_sequence_are_refused():
         topl.blocks(drawn(0, "match"), keep=4, block=32)
 
 
-@pytest.mark.parametrize("voters", [0, 3])
+def test_eight_queries_of_a_block_vote_or_as_many_as_divide_it():
+    codes = drawn(0, "match")
+    default = lambda block: topl.blocks(codes, keep=4, block=block).to_block_mask()
+    for block, voters in ((4, 4), (6, 2), (12, 4)):
+        want = topl.blocks(codes, keep=4, block=block, voters=voters).to_block_mask()
+        np.testing.assert_array_equal(default(block), want)
+    assert topl.voting_stride(64, None) == 8
+
+
+@pytest.mark.parametrize("voters", [0, 3, 4.0, True])
+@pytest.mark.usefixtures("unchecked")
 def test_voters_that_do_not_divide_a_block_are_refused(voters):
-    with pytest.raises(ValueError, match=f"must divide the 8 queries of a block; got {voters}"):
+    with pytest.raises(ValueError, match=f"divides the 8 queries .*; got {voters}. voters=8"):
         topl.blocks(drawn(0, "match"), keep=4, block=8, voters=voters)
 
 

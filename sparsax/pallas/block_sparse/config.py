@@ -49,6 +49,10 @@ class KeyTiling(Tiling):
 
     early: int = 0
 
+    def __post_init__(self):
+        if self.early not in (0, 1, 2):
+            raise ValueError(f"early must be 0, 1 or 2; got {self.early}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
