@@ -47,7 +47,9 @@ def measure(q, k, quantizers, causal: bool) -> dict[str, dict[str, float]]:
         codes = quantizer.codes(q, k, score=score)
         masks[score] = topl.tokens(codes, keep=keep, causal=causal).to_mask()
         for name, voters in (("blocks", BLOCK), ("blocks, few voters", VOTERS)):
-            pattern = topl.blocks(codes, keep=keep, block=BLOCK, voters=voters, causal=causal)
+            pattern = sparsax.top_l_blocks(
+                codes, keep=keep, block=BLOCK, voters=voters, causal=causal
+            )
             blocks = pattern.to_mask()
             masks[f"{score} {name}"] = blocks.repeat(q.shape[2] // blocks.shape[1], 1) & seen
     return {

@@ -31,10 +31,10 @@ def top_l_attention(
     The choice is exact: the L best by integer scores, the most recent of equals, the own key
     always, all keys where a query sees fewer than L. It is stored as two integers a query and found
     again from the codes, so memory is linear in the length. Scores of all pairs are computed: this
-    saves memory, not time (`top_l_blocks` saves time). The kernels
-    hold none of them in memory, neither for the choice nor for attention.
-    Differentiable in reverse mode (the choice itself has no gradient), works under jit, vmap, scan,
-    `jax.checkpoint` and shard_map (batch and heads), and is deterministic.
+    saves memory, not time (`top_l_blocks` saves time). The kernels hold none of them in memory,
+    neither for the choice nor for attention. Differentiable in reverse mode (the choice itself has
+    no gradient), works under jit, vmap, scan, `jax.checkpoint` and shard_map (batch and heads), and
+    is deterministic.
 
     Args:
         q: queries `[B, T, N, H]`: float32, bfloat16 or float16; softmax runs in float32.
@@ -113,15 +113,18 @@ def top_l_blocks(
 ) -> BlockPattern:
     """The blocks of keys that hold most of the L best keys of the queries of a block, by vote.
 
-    The pattern of `sparsax.patterns.topl.blocks`, which says how it is found. Scores of the voters
-    with all keys are computed: with 8 voters in blocks of 128, a sixteenth of all pairs.
+    Queries of a block, of every head of a group, vote for the blocks of their L best keys. The own
+    block and the first one (the sink) are always kept. All rows of blocks have
+    `max(2, ceil(keep / block))` entries, as far as there are that many: what is kept costs the same
+    for all data, and new data does not recompile. Scores of the voters with all keys are computed:
+    with 8 voters in blocks of 128, a sixteenth of all pairs.
 
     Args:
         codes: of queries and keys, from `ProductQuantizer.codes`.
         keep: L, votes of a query and, rounded up to blocks, keys that it attends to.
         block: tokens in a block, of queries and of keys.
-        voters: queries of a block that vote, a divisor of `block`; 8 when None, or as many of them
-            as divide it.
+        voters: queries of a block that vote, every `block / voters`-th from its first on, at a cost
+            in proportion; 8 when None, or as many of them as divide the block.
         causal: whether a query sees keys of its own index and below only. Give the attention over
             the pattern the same.
         key_mask: False where a token is padding: it neither votes nor is voted for.
@@ -132,6 +135,7 @@ def top_l_blocks(
 
     Returns:
         A stacked pattern, one for each sample with a pattern head for each kv head: `[B, K, I]`.
+        `block_sparse_attention` takes one of them: vmap or `lax.map` over samples.
 
     Raises:
         ValueError: lengths, L, blocks, voters or a name are wrong.

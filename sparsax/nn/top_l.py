@@ -44,7 +44,7 @@ class TopLAttention(nnx.Module):
         in_features: features D of input and output.
         keep: L, keys that a query keeps; T when the sequence is shorter.
         select: "tokens", exactly the L best keys (memory and quality), or "blocks", the blocks
-            of keys that hold most of them, by vote (speed), see `sparsax.patterns.topl`.
+            of keys that hold most of them, by vote (speed), see `sparsax.top_l_blocks`.
         score: "adc" or "match", see `ProductQuantizer.codes`; None is "adc", which finds more of
             the mass, to select "tokens", and "match", whose votes have a kernel, for "blocks".
         num_kv_heads: key and value heads K, a divisor of N; N when None.

@@ -103,45 +103,6 @@ def tokens(
     return KeptTokens(codes, in_order(tau), in_order(first), key_mask, causal=causal)
 
 
-def blocks(
-    codes: Codes,
-    *,
-    keep: int,
-    block: int = 64,
-    voters: int | None = None,
-    causal: bool = False,
-    key_mask: Bool[Array, "B S"] | None = None,
-) -> BlockPattern:
-    """The blocks of keys that hold most of the L best keys of the queries of a block.
-
-    Queries of a block, of every head of a group, vote for the blocks of their L best keys. The own
-    block and the first one (the sink) are always kept. All rows of blocks have
-    `max(2, ceil(keep / block))` entries, as far as there are that many: what is kept costs the same
-    for all data, and new data does not recompile. `sparsax.top_l_blocks` is the same with kernels.
-
-    Args:
-        codes: of queries and keys, from `ProductQuantizer.codes`.
-        keep: L, votes of a query and, rounded up to blocks, keys that it attends to.
-        block: tokens in a block, of queries and of keys.
-        voters: queries of a block that vote, every `block / voters`-th from its first on, at a cost
-            in proportion; 8 when None, or as many of them as divide the block.
-        causal: whether a query sees keys of its own index and below only. Give the attention over
-            the pattern the same.
-        key_mask: False where a token is padding: it neither votes nor is voted for.
-
-    Returns:
-        A stacked pattern, one for each sample with a pattern head for each kv head: `[B, K, I]`.
-        `block_sparse_attention` takes one of them: vmap or `lax.map` over samples.
-
-    Raises:
-        ValueError: as for `tokens`; or a block is longer than the sequence, or voters do not divide
-            it.
-    """
-    stride = check_votes(codes, keep, key_mask, block, voters)
-    counts = votes(codes, keep=keep, block=block, stride=stride, causal=causal, key_mask=key_mask)
-    return elect(counts, codes, keep=keep, block=block, stride=stride, causal=causal)
-
-
 def votes(
     codes: Codes, *, keep: int, block: int, stride: int, causal: bool,
     key_mask: Bool[Array, "B S"] | None,
@@ -184,7 +145,7 @@ def elect(
 def check_votes(
     codes: Codes, keep: int, key_mask: Array | None, block: int, voters: int | None
 ) -> int:
-    """Of how many queries one votes; ValueError as for `blocks`."""
+    """Of how many queries one votes; ValueError as for `sparsax.top_l_blocks`."""
     length = check_codes(codes, keep, key_mask)
     check_blocks(length, length, block, block)
     return voting_stride(block, voters)

@@ -8,7 +8,6 @@ from flax import nnx
 
 import sparsax
 from sparsax.nn import Codebooks, TopLAttention, with_quantisation_loss
-from sparsax.patterns import topl
 from tests.helpers import assert_near
 
 T, D, N, BLOCK = 64, 32, 4, 8
@@ -70,7 +69,9 @@ def test_blocks_are_every_samples_own_pattern(padded, score, voters):
     x, key_mask = inputs(), tail_is_padding() if padded else None
     q, k, v = model.query(x), model.key(x), model.value(x)
     codes = encode(model.quantizer, q, k, score or "match")
-    found = topl.blocks(codes, keep=16, block=BLOCK, voters=voters, causal=True, key_mask=key_mask)
+    found = sparsax.top_l_blocks(
+        codes, keep=16, block=BLOCK, voters=voters, causal=True, key_mask=key_mask
+    )
     assert found.kv_num_blocks.shape == (2, 2, T // BLOCK)
     o = [
         sparsax.block_sparse_attention(

@@ -86,7 +86,7 @@ def plain_blocks(codes, keep, causal, real, voters=None):
 
 
 blocks_of = jax.jit(
-    lambda codes, key_mask, keep, causal, voters=None: topl.blocks(
+    lambda codes, key_mask, keep, causal, voters=None: sparsax.top_l_blocks(
         codes, keep=keep, block=BLOCK, causal=causal, key_mask=key_mask, voters=voters
     ),
     static_argnums=(2, 3, 4),
@@ -113,7 +113,7 @@ def test_blocks_run_on_block_sparse_attention_without_a_new_compilation():
 
     @jax.jit
     def attend(q, k, v, codes):
-        pattern = topl.blocks(codes, keep=24, block=8, causal=True)
+        pattern = sparsax.top_l_blocks(codes, keep=24, block=8, causal=True)
         one = lambda q, k, v, pattern: sparsax.block_sparse_attention(
             q[None], k[None], v[None], pattern, causal=True
         )[0]
@@ -140,7 +140,9 @@ def test_vmap_over_codes():
     each = [drawn(seed, "match") for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
     masks = jax.vmap(lambda c: topl.tokens(c, keep=5, causal=True).to_mask())(stacked)
-    lists = jax.vmap(lambda c: topl.blocks(c, keep=8, block=BLOCK).to_block_mask())(stacked)
+    lists = jax.vmap(lambda c: sparsax.top_l_blocks(c, keep=8, block=BLOCK).to_block_mask())(
+        stacked
+    )
     for n, codes in enumerate(each):
         np.testing.assert_array_equal(masks[n], mask_of(codes, None, 5, True))
         np.testing.assert_array_equal(lists[n], blocks_of(codes, None, 8, False).to_block_mask())
@@ -153,7 +155,7 @@ def temporary_bytes(length, select):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("select", [topl.tokens, topl.blocks])
+@pytest.mark.parametrize("select", [topl.tokens, sparsax.top_l_blocks])
 def test_memory_is_that_of_one_tile_of_queries(select):
     short, long = (temporary_bytes(length, select) for length in (2048, 4096))
     assert long < 2.2 * short
@@ -173,14 +175,14 @@ def test_a_sequence_beyond_int32_is_refused():
 @pytest.mark.usefixtures("unchecked")
 def test_blocks_longer_than_the_sequence_are_refused():
     with pytest.raises(ValueError, match=r"1 <= block_q <= q_len; got block_q=32 and q_len=24"):
-        topl.blocks(drawn(0, "match"), keep=4, block=32)
+        sparsax.top_l_blocks(drawn(0, "match"), keep=4, block=32)
 
 
 def test_eight_queries_of_a_block_vote_or_as_many_as_divide_it():
     codes = drawn(0, "match")
-    default = lambda block: topl.blocks(codes, keep=4, block=block).to_block_mask()
+    default = lambda block: sparsax.top_l_blocks(codes, keep=4, block=block).to_block_mask()
     for block, voters in ((4, 4), (6, 2), (12, 4)):
-        want = topl.blocks(codes, keep=4, block=block, voters=voters).to_block_mask()
+        want = sparsax.top_l_blocks(codes, keep=4, block=block, voters=voters).to_block_mask()
         np.testing.assert_array_equal(default(block), want)
     assert topl.voting_stride(64, None) == 8
 
@@ -189,7 +191,7 @@ def test_eight_queries_of_a_block_vote_or_as_many_as_divide_it():
 @pytest.mark.usefixtures("unchecked")
 def test_voters_that_do_not_divide_a_block_are_refused(voters):
     with pytest.raises(ValueError, match=f"divides the 8 queries .*; got {voters}. voters=8"):
-        topl.blocks(drawn(0, "match"), keep=4, block=8, voters=voters)
+        sparsax.top_l_blocks(drawn(0, "match"), keep=4, block=8, voters=voters)
 
 
 def test_quality_of_a_choice():

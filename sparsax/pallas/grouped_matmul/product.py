@@ -65,7 +65,8 @@ def width_of(columns: int, matrices: int = 1) -> int:
 def side_by_side(tiles: int) -> int:
     """How many thread blocks take neighbouring ones of so many tiles, and share what both read.
 
-    The cache hands out too little for tensor cores that each have all of their operands from it.
+    With tiles of 256 columns they read a sixth less from the cache where they share rows of 128, a
+    third where they share the columns.
     """
     return 2 if tiles % 2 == 0 else 1
 
