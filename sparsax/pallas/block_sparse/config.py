@@ -35,6 +35,10 @@ class ForwardTiling(Tiling):
     teams: int = 1
 
     def __post_init__(self):
+        if self.stages < 2:
+            raise ValueError(
+                f"a tile's values are awaited beside the last one's; got {self.stages}"
+            )
         if self.turns and self.teams > 1:
             raise ValueError(f"warpgroups take turns in one team; got {self.teams} teams")
 
@@ -78,9 +82,9 @@ TABLE = {
     ),
     96: Config(ForwardTiling(128, 2), Tiling(64, 4), KeyTiling(64, 4, early=2)),
     128: Config(
-        ForwardTiling(128, 2, turns=True),
+        ForwardTiling(128, 2, row_slots=2),
         Tiling(64, 3, turns=True),
-        KeyTiling(64, 2, turns=True, early=1),
+        KeyTiling(64, 2, turns=True),
     ),
     256: Config(ForwardTiling(64, 2), Tiling(32, 2), KeyTiling(32, 1)),
 }
@@ -102,7 +106,7 @@ MASKED = TABLE | {
 # Where places say which pairs attend, as in compound attention: short lists, most tiles masked.
 PLACED = MASKED | {
     64: Config(
-        ForwardTiling(128, 3, row_slots=2),
+        ForwardTiling(64, 3, row_slots=2, teams=2),
         Tiling(64, 6, row_slots=2),
         KeyTiling(64, 6, row_slots=2, early=2),
     ),

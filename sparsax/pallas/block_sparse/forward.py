@@ -89,12 +89,14 @@ def forward_kernel(
                 new_top = jnp.maximum(top, fold(jnp.maximum, s).max(axis=1) * gain)
                 weights = jnp.exp2(s * gain - per_row(new_top, s.shape))
                 decay = jnp.exp2(top - new_top)
-                total = total * decay + fold(jnp.add, weights).sum(axis=1)
+                # Each thread keeps a sum of its own, or every tile would wait for their exchange.
+                total = total * per_row(decay, total.shape) + folded(jnp.add, weights, 8)
                 return weights, new_top, total, decay
 
             def write(place, settled, poison, space):
                 row, sample, head, part = place
-                acc, top, total = settled
+                acc, top, sums = settled
+                total = sums.sum(axis=1)
                 empty = total == 0.0
                 positive = jnp.where(empty, 1.0, total)
                 result = acc / per_row(positive, acc.shape) + poison
@@ -126,12 +128,12 @@ def forward_kernel(
                     pl.when(part < 0)(write_whole)
 
             none = (
-                zeros((WG_ROWS, x.H), MATRIX), full((WG_ROWS,), LOWEST, ROW), zeros((WG_ROWS,), ROW)
+                zeros((WG_ROWS, x.H), MATRIX), full((WG_ROWS,), LOWEST, ROW),
+                zeros((WG_ROWS, 8), MATRIX),
             )  # fmt: skip
             no_weights = plgpu.layout_cast(jnp.zeros((WG_ROWS, tile), x.dtype), MATRIX)
 
             def values(weights, acc, step):
-                v_ring.wait(step)
                 return acc, weights, v_smem.at[v_ring.slot(step)]
 
             def settle(sums, step):
@@ -160,6 +162,7 @@ def forward_kernel(
                             s = lax.cond(unmasked, lambda s: s, mask, s)
                         cores.release(k_ring, begun)
                         weights, top, total, _ = softmax(s, *none[1:])
+                        v_ring.wait(begun)
                         settled = none
                         if get_acc is not None:
                             settled = get_acc(), *owed[1:3]
@@ -184,6 +187,9 @@ def forward_kernel(
                             s = keep(s, -jnp.inf, found, ids, slot)
                         cores.release(k_ring, step)
                         new_weights, new_top, new_total, decay = softmax(s, top, total)
+                        # The assembler moves the wait for a product up to where a branch stops it:
+                        # this barrier keeps it behind the exponentials. The next step needs v.
+                        v_ring.wait(step)
                         acc = get_acc()
                         cores.release(v_ring, step - 1)
                         # Rounded no sooner: the registers were feeding the product just awaited.
