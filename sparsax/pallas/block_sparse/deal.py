@@ -8,9 +8,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from sparsax.pallas.block_sparse.schedule import Schedule
+from sparsax.pallas.hopper import multiprocessors
 
 LEAST = 8  # units of a piece of a row at least: each costs about as much as two units more
-STRIP = 8  # rows that a thread block ranks
+STRIP = 8  # rows that a thread block ranks at most, one after another
+AT_ONCE = 8  # of its thread blocks that a multiprocessor holds, or more
 CHUNK = 4096  # numbers that its registers hold at once
 THREADS = 128
 
@@ -29,7 +31,8 @@ def deal(
     s = schedule
     if s.beforehand:
         return jnp.asarray(s.hands().ravel()), None
-    items, strips = s.extra + s.rows, -(-s.tiles // STRIP)
+    strip_rows = min(STRIP, -(-s.rows // (AT_ONCE * multiprocessors())))
+    items, strips = s.extra + s.rows, -(-s.tiles // strip_rows)
     width = -(-s.tiles // THREADS) * THREADS
     flat = work.reshape(-1)
     flat = jnp.pad(flat, (0, max(0, width - s.rows)))
@@ -51,7 +54,7 @@ def deal(
             """Ranks the strip's rows and cuts those of more than a share."""
 
             def visit(i, _):
-                row = begin + strip * STRIP + i
+                row = begin + strip * strip_rows + i
 
                 @pl.when(row < begin + s.tiles)
                 def _():
@@ -76,7 +79,7 @@ def deal(
 
                     lax.fori_loop(0, more, cut, None)
 
-            lax.fori_loop(0, STRIP, visit, None)
+            lax.fori_loop(0, strip_rows, visit, None)
 
         is_first = (owner == 0) & (strip == 0)
         if not s.extra:
