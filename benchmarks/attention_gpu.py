@@ -1,6 +1,7 @@
 """Block-sparse attention on this machine's GPU against dense cuDNN, in one run.
 
-    python benchmarks/attention_gpu.py       # --flex 4096 16384: PyTorch's FlexAttention as well
+    python benchmarks/attention_gpu.py
+    python benchmarks/attention_gpu.py --flex 16384 --flash4 16384    # with PyTorch's best as well
 
 bfloat16, batch 1, 16 heads, per-head patterns in blocks of 128. Milliseconds are medians over runs
 of calls inside one jitted loop; TFLOP/s count the listed blocks alone (2 matrix products forward, 7
@@ -12,6 +13,7 @@ portable implementation takes.
 """
 
 import argparse
+import importlib.metadata
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,6 +21,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flash4 import flash4_attention
 from flex import flex_attention
 from gpu import BLOCK, PATTERNS, Programs
 from harness import save
@@ -26,6 +29,8 @@ from harness import save
 import sparsax
 
 KINDS = ("forward_ms", "both_ms")
+PEERS = ("dense", "flex", "flash4")
+PACKAGES = {"flex": ("torch",), "flash4": ("torch", "flash-attn-4", "nvidia-cutlass-dsl")}
 DETAILED = "spion", 0.09  # pattern and least density of the row with kernels and portable path
 
 
@@ -82,9 +87,14 @@ class Length:
         """Its rows."""
         arrays = jax.random.normal(jax.random.key(0), (4, *self.shape), jnp.bfloat16)
         dense = {causal: programs.time(arrays) for causal, programs in self.dense.items()}
-        peer = None
-        if self.length in self.args.flex:
-            peer = flex_attention(self.args.heads, self.length, self.features, BLOCK)
+        size = self.args.heads, self.length, self.features, BLOCK
+        peers = {
+            name: start(*size)
+            for name, start, lengths in (
+                ("flex", flex_attention, self.args.flex),
+                ("flash4", flash4_attention, self.args.flash4),
+            ) if self.length in lengths
+        }  # fmt: skip
         detailed = False
         for name, mask, causal in self.cases():
             pattern, programs = self.pattern(mask), self.sparse[causal]
@@ -98,8 +108,10 @@ class Length:
                 row["kernels_ms"] = programs.kernels(arrays, pattern)
                 if self.portable is not None:
                     row["portable"] = self.portable.time(arrays, pattern)
-            if peer is not None and not causal:
-                row["flex"] = dict(zip(KINDS, peer(mask), strict=True))
+            for peer, measure in peers.items() if not causal else ():
+                versions = {name: importlib.metadata.version(name) for name in PACKAGES[peer]}
+                times = zip(KINDS, measure(mask), strict=True)
+                row[peer] = dict(times) | {"versions": versions}
             yield row
 
 
@@ -107,7 +119,7 @@ def show(row: dict, heads: int) -> None:
     flop = 2 * heads * row["length"] ** 2 * row["features"] * row["density"]
     line = f"{row['features']:3d} {row['length']:6d} {row['pattern']:8s} {row['density']:7.3f}"
     for which, products in (("forward_ms", 2), ("both_ms", 7)):
-        ratios = [f"{row[x][which] / row[which]:6.2f}" for x in ("dense", "flex") if x in row]
+        ratios = [f"{row[x][which] / row[which]:6.2f}" for x in PEERS if x in row]
         rate = products * flop / row[which] / 1e9
         line += f" | {row[which]:8.3f} {rate:5.0f} {' '.join(ratios)}"
     print(line, flush=True)
@@ -124,12 +136,13 @@ def main() -> None:
     add_lengths("--causal", default=lengths, help="lengths with the causal pattern")
     add_lengths("--portable", default=[1024, 4096, 16384], help="with the portable path")
     add_lengths("--flex", default=[], help="with PyTorch's FlexAttention")
+    add_lengths("--flash4", default=[], help="with FlashAttention-4 (package flash-attn-4)")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--implementation", default="pallas", choices=["pallas", "xla"])
     parser.add_argument("--dense", default="cudnn", choices=["cudnn", "xla"])
     parser.add_argument("--name", default="attention_gpu", help="of the result")
     args = parser.parse_args()
-    print("  H length pattern density | forward ms, TFLOP/s, x dense (, x flex) | and backward")
+    print("  H length pattern density | forward ms, TFLOP/s, x peers | and backward")
     rows = []
     for features in args.features:
         begin = time.perf_counter()

@@ -5,13 +5,14 @@
 For each head dim it times every candidate of the three kernels by the profiler, on a SPION-like
 pattern of density 0.1, on the full one, on the causal one with segments, whose tiles need masks,
 and on the compound patterns of QDS and Longformer; and prints the lines of `TABLE`, `MASKED` and
-`PLACED` in `sparsax/pallas/block_sparse/config.py`. A candidate whose result differs from the first
+`PLACED` in `sparsax/pallas/block_sparse/config.py`. Parts of it (`--cases`, `--passes`) may run on
+a GPU each. A candidate whose result differs from the first
 one's by more than rounding is an error. bfloat16, 16 heads, blocks of 128.
 """
 
 import argparse
+import collections
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 
@@ -31,7 +32,7 @@ from sparsax.pallas.block_sparse.tiles import ROWS
 # (tile, slots of tiles, of row tiles) that fit in shared memory, by head dim.
 FORWARD = {
     32: [(128, 4, 1), (128, 4, 2), (128, 6, 1)],
-    64: [(128, 3, 1), (128, 3, 2), (64, 6, 1), (64, 6, 2)],
+    64: [(128, 3, 1), (128, 3, 2), (64, 6, 2)],
     96: [(128, 2, 1), (64, 4, 2)],
     128: [(128, 2, 1), (128, 2, 2)],
     256: [(64, 2, 1), (32, 2, 1)],
@@ -45,7 +46,7 @@ DQ = {
 }
 DKV = {
     32: [(128, 4, 1), (128, 4, 2), (64, 6, 2)],
-    64: [(128, 3, 1), (128, 3, 2), (64, 6, 2)],
+    64: [(128, 3, 2), (64, 6, 2)],
     96: [(64, 4, 1), (64, 3, 1)],
     128: [(64, 2, 1)],
     256: [(32, 1, 1)],
@@ -169,73 +170,71 @@ def assert_alike(got, want, tiling) -> None:
             raise AssertionError(f"{tiling} is wrong: relative error {error:.2e}")
 
 
-def tune(features: int, length: int, heads: int) -> list[dict]:
-    """Times of every candidate."""
-    of_names = cases(features, length, heads)
-    kept, firsts, rows = TABLE[features], {}, []
+def tune(features: int, length: int, heads: int, only: list[str], passes: list[str]):
+    """Yields the time of every candidate in every case, a row each."""
+    kept = TABLE[features]
 
-    def record(kernel, tiling, times):
-        row = {"features": features, "kernel": kernel, **tiling.keywords, "milliseconds": times}
-        rows.append(row)
-        print(f"  H={features} {kernel:8s}", tiling, {n: round(t, 3) for n, t in times.items()},
-              flush=True)  # fmt: skip
+    def row(kernel, tiling, name, times):
+        time = of_kernel(kernel, times)
+        print(f"  H={features} {name:10s} {kernel:8s} {tiling} {time:.4f} ms", flush=True)
+        options = tiling.keywords | {"case": name, "milliseconds": time}
+        return {"features": features, "kernel": kernel, **options}
 
-    def of_cases(time, tilings) -> dict[str, dict[str, float]]:
-        """Times of kernels by case, of those that run: masks and ids want shared memory, too."""
-        found = {}
-        for name, case in of_names.items():
-            try:
-                found[name] = time(name, case)
-            except AssertionError:
-                raise
-            except Exception as error:  # what does not fit does not compile: say so and go on
-                reason = str(error).splitlines()[0][:100]
-                print(f"  H={features} {name}", tilings, "fails:", reason, flush=True)
-        return found
+    def times(name, run, args, first, tilings):
+        """Of the kernels of a pass; None where shared memory is too small for a case's ids."""
+        try:
+            result = run(*args)
+        except (ValueError, RuntimeError) as error:
+            print(
+                f"  H={features}", tilings, "fails:", str(error).splitlines()[0][:100], flush=True
+            )
+            return None
+        assert_alike(result, first, tilings)
+        return kernels(run, *args, calls=4)
 
-    def time_forward(tiling, name, case):
-        forward, _ = case.passes(Config(tiling, kept.dq, kept.dkv))
+    for name, case in cases(features, length, heads).items():
+        if name not in only:
+            continue
+        forward, backward = case.passes(kept)
         args = *case.arrays[:3], *case.operands
-        result = forward(*args)
-        assert_alike(result, firsts.setdefault(name, result), tiling)
-        return kernels(forward, *args, calls=4)
-
-    def time_backward(dq, dkv, name, case):
-        _, backward = case.passes(Config(kept.forward, dq, dkv))
-        args = *case.arrays, *firsts[name], *case.operands
-        result = backward(*args)
-        assert_alike(result, firsts.setdefault("backward " + name, result), (dq, dkv))
-        return kernels(backward, *args, calls=4)
-
-    for tiling in tilings(FORWARD[features], ForwardTiling):
-        found = of_cases(functools.partial(time_forward, tiling), tiling)
-        record("forward", tiling, {name: of_kernel("forward", x) for name, x in found.items()})
-    of_dq, of_dkv = tilings(DQ[features]), tilings(DKV[features], KeyTiling)
-    pairs = itertools.zip_longest(of_dq, of_dkv)
-    for pair in ((dq or of_dq[0], dkv or of_dkv[0]) for dq, dkv in pairs):
-        found = of_cases(functools.partial(time_backward, *pair), pair)
-        for kernel, tiling in zip(("dq", "dkv"), pair, strict=True):
-            record(kernel, tiling, {name: of_kernel(kernel, x) for name, x in found.items()})
-    return rows
+        first = forward(*args)
+        if "forward" in passes:
+            for tiling in tilings(FORWARD[features], ForwardTiling):
+                run, _ = case.passes(Config(tiling, kept.dq, kept.dkv))
+                if found := times(name, run, args, first, tiling):
+                    yield row("forward", tiling, name, found)
+        if "backward" in passes:
+            args = *case.arrays, *first, *case.operands
+            first = backward(*args)
+            of_dq, of_dkv = tilings(DQ[features]), tilings(DKV[features], KeyTiling)
+            for dq, dkv in itertools.zip_longest(of_dq, of_dkv):
+                pair = dq or kept.dq, dkv or kept.dkv
+                _, run = case.passes(Config(kept.forward, *pair))
+                if found := times(name, run, args, first, pair):
+                    for kernel, tiling in (("dq", dq), ("dkv", dkv)):
+                        if tiling is not None:
+                            yield row(kernel, tiling, name, found)
 
 
-def best(rows: list[dict], kernel: str, names: tuple[str, ...]) -> Tiling | None:
-    """The tiling with the least sum over those patterns of time over the least time.
+def best(rows: list[dict], features: int, kernel: str, names: tuple[str, ...]) -> Tiling | None:
+    """The tiling with the least sum over those cases of time over the least time.
 
-    None if no tiling ran in all of them. Turns must earn one percent to be worth their barriers.
+    None if no tiling ran in all of them. Turns, and two teams, must earn one percent to be worth
+    their barriers.
     """
-    ran = lambda row: row["kernel"] == kernel and set(names) <= row["milliseconds"].keys()
-    rows = [row for row in rows if ran(row)]
-    if not rows:
-        return None
-    least = {name: min(row["milliseconds"][name] for row in rows) for name in names}
-    cost = lambda row: (
-        (1.01 if row["turns"] else 1.0)
-        * sum(row["milliseconds"][name] / least[name] for name in names)
-    )
-    row = min(rows, key=cost)
     kind = {"forward": ForwardTiling, "dq": Tiling, "dkv": KeyTiling}[kernel]
-    return kind(**{field.name: row[field.name] for field in dataclasses.fields(kind)})
+    times: dict[Tiling, dict[str, float]] = collections.defaultdict(dict)
+    for row in rows:
+        if (row["features"], row["kernel"]) == (features, kernel) and row["case"] in names:
+            tiling = kind(**{field.name: row[field.name] for field in dataclasses.fields(kind)})
+            times[tiling][row["case"]] = row["milliseconds"]
+    everywhere = {tiling: x for tiling, x in times.items() if set(x) == set(names)}
+    if not everywhere:
+        return None
+    least = {name: min(x[name] for x in everywhere.values()) for name in names}
+    plain = lambda x: not x.turns and getattr(x, "teams", 1) == 1
+    cost = lambda x: (1 if plain(x) else 1.01) * sum(everywhere[x][n] / least[n] for n in names)
+    return min(everywhere, key=cost)
 
 
 def main() -> None:
@@ -243,14 +242,19 @@ def main() -> None:
     parser.add_argument("--features", type=int, nargs="+", default=sorted(TABLE), choices=TABLE)
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=16)
+    every_case = [name for names in TABLES.values() for name in names]
+    parser.add_argument("--cases", nargs="+", default=every_case, choices=every_case)
+    passes = ["forward", "backward"]
+    parser.add_argument("--passes", nargs="+", default=passes, choices=passes)
+    parser.add_argument("--name", default="tune_attention_gpu", help="of the result")
     args = parser.parse_args()
-    every = []
+    rows = []
     for features in args.features:
-        rows = tune(features, args.length, args.heads)
-        every += rows
-        save("tune_attention_gpu", every)
+        for row in tune(features, args.length, args.heads, args.cases, args.passes):
+            rows.append(row)
+            save(args.name, rows)
         for table, names in TABLES.items():
-            tilings = ", ".join(str(best(rows, x, names)) for x in KERNELS)
+            tilings = ", ".join(str(best(rows, features, x, names)) for x in KERNELS)
             print(f"    {table} {features}: Config({tilings}),")
 
 

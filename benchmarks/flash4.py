@@ -1,0 +1,45 @@
+"""FlashAttention-4's block-sparse kernels for Hopper, from the package flash-attn-4 (CuTe DSL)."""
+
+from collections.abc import Callable
+
+import numpy as np
+from gpu import queued_milliseconds
+
+
+def flash4_attention(heads: int, length: int, features: int, block: int) -> Callable:
+    """A function of a boolean block mask `[heads, I, J]`: `(forward, forward + backward)` in ms.
+
+    Every listed block is a full block, as ours are. bfloat16, batch 1; the backward pass is the
+    default one, which adds dQ up in whatever order thread blocks come.
+    """
+    import torch
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import flash_attn_func
+
+    shape = 1, length, heads, features
+    q, k, v, do = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+
+    def lists(mask: np.ndarray) -> BlockSparseTensorsTorch:
+        counts, indices = mask.sum(-1), np.argsort(~mask, -1, kind="stable")
+        counts, indices = (
+            torch.tensor(x[None], dtype=torch.int32, device="cuda") for x in (counts, indices)
+        )
+        none = torch.zeros_like(counts)
+        return BlockSparseTensorsTorch(none, indices, counts, indices, block_size=(block, block))
+
+    def milliseconds(run) -> float:
+        return queued_milliseconds(run, torch.cuda.synchronize, calls=10)
+
+    def measure(mask: np.ndarray) -> tuple[float, float]:
+        by_rows, by_columns = lists(mask), lists(mask.swapaxes(1, 2))
+        options = {"block_sparse_tensors": by_rows, "block_sparse_tensors_bwd": by_columns}
+
+        def both():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            flash_attn_func(*leaves, **options)[0].backward(do)
+
+        with torch.no_grad():
+            alone = milliseconds(lambda: flash_attn_func(q, k, v, **options))
+        return alone, milliseconds(both)
+
+    return measure
