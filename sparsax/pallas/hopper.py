@@ -352,7 +352,6 @@ def launch(
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
-            reduction_scratch_bytes=0,  # which only reductions over rows want
             # To be safe, Pallas gathers the warps of a warpgroup around whatever touches shared
             # memory. It need not where one warp copies: what computes writes there between
             # `wait_smem_to_gmem` and `commit_smem`, which gather the warps; and what copies bring

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsax import Band, CompoundPattern, compound_attention, pallas, patterns
-from sparsax.pallas.block_sparse import attention, dq, schedule
+from sparsax.pallas.block_sparse import attention, schedule
 from sparsax.pallas.block_sparse.schedule import NOTHING
 from sparsax.patterns import compound
 from tests.helpers import assert_near
@@ -69,14 +69,6 @@ def test_interpreted_kernels_match_the_reference_without_races(name):
 
 
 @pytest.mark.usefixtures("no_races", "fresh")
-def test_outputs_too_large_for_shared_memory_are_read_from_where_they_are(monkeypatch):
-    for module in (attention, dq):
-        monkeypatch.setattr(module, "outputs_fit", lambda *_: False)
-    with pallas.interpreted(detect_races=True):
-        check(case("blocks_and_rows"))  # of two arrays
-
-
-@pytest.mark.usefixtures("no_races")
 def test_two_teams_share_what_is_dealt_beforehand(monkeypatch):
     # Global rows alone need no mask, and so two teams do them; each has several row tiles here.
     monkeypatch.setattr(schedule, "multiprocessors", lambda: 2)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from sparsax.pallas.block_sparse.combine import combine
 from sparsax.pallas.block_sparse.config import Config, best_config
 from sparsax.pallas.block_sparse.deal import deal
-from sparsax.pallas.block_sparse.delta import outputs_fit
 from sparsax.pallas.block_sparse.dkv import dkv_kernel
 from sparsax.pallas.block_sparse.dq import dq_kernel
 from sparsax.pallas.block_sparse.forward import forward_kernel
@@ -93,8 +92,8 @@ def run_backward(
 ):  # fmt: skip
     """`backward` over the lists of row tiles, of lists of arrays as `run_forward` takes them.
 
-    dlse is `[B, N, T]`, None if it is 0. `expected` is that of the lists by query and by key; the
-    gradients of global rows go to `listed_rows` of the queries', too.
+    `expected` is that of the lists by query and by key; the gradients of global rows go to
+    `listed_rows` of the queries', too.
     """
     config = config or best_config(problem, _masked(problem, by_query))
     arrays = q, k, v, o, lse, do, dlse, listed_rows
@@ -106,24 +105,28 @@ def _run_backward(
     problem: Problem, config: Config, interpret, expected: tuple[Expected, Expected], by_query,
     by_key, ids, q, k, v, o, lse, do, dlse, listed_rows,
 ):  # fmt: skip
+    # ds = p * (dp - delta + dlse): what a row subtracts, FlashAttention-2 section 3.1.2.
+    delta = [
+        (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
+        for x, y in zip(o, do, strict=True)
+    ]
+    if len(delta) > 1:  # or XLA fuses the sums into the concatenation, six times as slow
+        delta = jax.lax.optimization_barrier(delta)
     # A row with lse = -inf keeps nothing; +inf makes every probability of it zero.
-    lse = _behind([jnp.where(x == -jnp.inf, jnp.inf, x * LOG2E) for x in lse], jnp.inf)
-    of_lse = [] if dlse is None else [_behind([dlse], 0.0)]
-    whole = 8 if outputs_fit(problem, config.dq) else ROWS
+    lse = [jnp.where(x == -jnp.inf, jnp.inf, x * LOG2E) for x in lse]
     q, k, v, do = ([_copyable(x) for x in each] for each in (q, k, v, do))
-    arrays, o = (*q, *k, *v, *do), [_copyable(x, whole) for x in o]
+    arrays = *q, *k, *v, *do, _behind(lse, jnp.inf), _behind(delta, 0.0)
 
     schedule, table, splits = _of_queries(problem, by_query, expected[0], interpret)
     kernel = dq_kernel(
-        problem, schedule, by_query.bits is not None, dlse is not None, config.dq, interpret
+        problem, schedule, by_query.bits is not None, **config.dq.keywords, interpret=interpret
     )
-    results = kernel(*_operands(by_query, table, ids), *arrays, *o, lse, *of_lse)
-    dq, delta, parts = results[: len(q)], results[len(q)], results[len(q) + 1 :]
+    results = kernel(*_operands(by_query, table, ids), *arrays)
+    dq, parts = results[: len(q)], results[len(q) :]
     if parts:
         (dq,), _ = combine(
             schedule, problem.samples, splits, parts, [list(dq)], problem.q_starts, None, interpret
         )
-    arrays = *arrays, lse, delta
     dk, dv = _of_keys(problem, config.dkv, by_key, ids, arrays, expected[1], interpret)
     dq = _put_rows(dq, listed_rows, interpret)
     lengths = problem.q_lengths, problem.kv_lengths, problem.kv_lengths
@@ -192,10 +195,9 @@ def _problem(q, k, counts, q_ids, block_q, block_kv, scale, causal, window) -> P
     )  # fmt: skip
 
 
-def _copyable(x, group: int = 8):
+def _copyable(x):
     """With a length that tile copies accept: whole groups of 8 rows. They clip tiles themselves."""
-    more = -x.shape[1] % group
-    return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) if x.shape[1] % 8 else x
 
 
 def _put_rows(arrays, listed: Listed | None, interpret):

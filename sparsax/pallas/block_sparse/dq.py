@@ -1,24 +1,19 @@
 """The kernel of dQ: row tiles of queries over the key blocks they list.
 
 Dao, "FlashAttention-2" (arXiv 2307.08691), algorithm 2, for the queries alone. The product that
-adds a tile's share to dQ runs while the next tile's probabilities are computed. The delta of a row
-is computed beside its first product.
+adds a tile's share to dQ runs while the next tile's probabilities are computed.
 """
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.block_sparse import stream
-from sparsax.pallas.block_sparse.config import Tiling
-from sparsax.pallas.block_sparse.delta import Deltas, outputs_fit, roomy
 from sparsax.pallas.block_sparse.handover import Handover, Row
-from sparsax.pallas.block_sparse.problem import Columns, Problem, whole_tiles
+from sparsax.pallas.block_sparse.problem import Columns, Problem
 from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles, query_types
 from sparsax.pallas.block_sparse.schedule import Schedule, part_types
 from sparsax.pallas.block_sparse.segments import split
@@ -41,34 +36,33 @@ from sparsax.pallas.hopper import (
 )  # fmt: skip
 
 
-def dq_kernel(x: Problem, schedule: Schedule, bits: bool, dlse: bool, tiling: Tiling, interpret):
-    """A function of `(table, full, count, cols, [bits], [ids], *q, *k, *v, *do, *o, lse, [dlse])`.
+def dq_kernel(
+    x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
+    row_slots: int, interpret,
+):  # fmt: skip
+    """A function of `(table, full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
 
-    lse is in units of log 2 and infinite for a query that keeps nothing; it and dlse are
-    `[B, N, T']`, T' all positions, padded to row tiles. It returns `*dq [B, T, N, H]`, delta as
-    lse is, and float32 sums of the pieces of split rows, `[part and copy, 1, 128, H]`.
+    lse is in units of log 2 and infinite for a query that keeps nothing; both it and delta are
+    `[B, N, T']`, T' all positions, padded to row tiles. It returns `*dq [B, T, N, H]`, and float32
+    sums of the pieces of split rows, `[part and copy, 1, 128, H]`.
     """
-    tile, stages, row_slots = tiling.tile, tiling.stages, tiling.row_slots
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
     masked, gain = columns.masked(bits), x.scale * LOG2E
-    late, fits = roomy(x, tiling), outputs_fit(x, tiling)
+    roomy = x.H * row_slots < 256
 
-    def kernel(*refs, q_smem, do_smem, o_smem, k_smem, v_smem, dq_smem, ids_smem, q_bars, k_bars,
-               v_bars, turn_bars):  # fmt: skip
+    def kernel(*refs, q_smem, do_smem, k_smem, v_smem, dq_smem, ids_smem, q_bars, k_bars, v_bars,
+               turn_bars):  # fmt: skip
         lists, refs = Lists.split(refs, bits, x)
         of_queries, of_keys = x.q_starts, x.kv_starts
-        starts = of_queries, of_keys, of_keys, of_queries, of_queries
-        q, k, v, do, o, (lse, *refs) = split(refs, *starts)
-        of_lse = [refs.pop(0)] if dlse else []
-        dq, (delta, *parts) = split(refs, of_queries)
-        deltas = Deltas(o, o_smem, of_lse, delta, schedule)
+        q, k, v, do, (lse, delta, *refs) = split(refs, of_queries, of_keys, of_keys, of_queries)
+        dq, parts = split(refs, of_queries)
         tiles = QueryTiles(x, columns, schedule, lists)
         q_ring, k_ring, v_ring = Ring(q_bars, row_slots), Ring(k_bars, stages), Ring(v_bars, stages)
         wg = lax.axis_index("wg")
 
         @copying(wg, teams=1)
         def copy(team):
-            of_rows = [(q, q_smem), (do, do_smem), *([(o, o_smem)] if fits else [])]
+            of_rows = [(q, q_smem), (do, do_smem)]
             tiles.copy(team, of_rows, q_ring, k, v, k_smem, v_smem, ids_smem, k_ring, v_ring)
 
         @pl.when(wg < COMPUTE)
@@ -114,10 +108,11 @@ def dq_kernel(x: Problem, schedule: Schedule, bits: bool, dlse: bool, tiling: Ti
             def start(work: QueryTile, done, begun) -> Row:
                 place = q_ring.slot(done)
                 queries, cotangents = q_smem.at[place, wg], do_smem.at[place, wg]
-                first_row = jnp.maximum(work.row, 0) * ROWS + wg * WG_ROWS
-                rows = work.sample, work.head, pl.ds(first_row, WG_ROWS)
-                row_lse = plgpu.load(lse.at[rows], layout=ROW, optimized=False)
-                find_delta = deltas.start(work, first_row, (place, wg), cotangents, x.H)
+                rows = pl.ds(jnp.maximum(work.row, 0) * ROWS + wg * WG_ROWS, WG_ROWS)
+                of_rows = lambda ref: plgpu.load(
+                    ref.at[work.sample, work.head, rows], layout=ROW, optimized=False
+                )
+                row_lse, row_delta = of_rows(lse), of_rows(delta)
                 find, read, keep = tiles.mask(work, wg, ids_smem, of_whole=True)
 
                 def products(step) -> list[Any]:
@@ -127,7 +122,7 @@ def dq_kernel(x: Problem, schedule: Schedule, bits: bool, dlse: bool, tiling: Ti
                     scores = None, queries, turned(k_smem, k_ring)
                     return [scores, (None, cotangents, turned(v_smem, v_ring))]
 
-                def share(get_s, get_dp, step, found, row_delta):
+                def share(get_s, get_dp, step, found):
                     slot = k_ring.slot(step)
                     ids = None if found is None else read(slot)  # while the product runs
                     s = get_s()
@@ -140,17 +135,14 @@ def dq_kernel(x: Problem, schedule: Schedule, bits: bool, dlse: bool, tiling: Ti
 
                 def begin(owed):
                     found = find(work.first) if masked else None
-                    # With 256 features, products leave no registers for it.
-                    early = find_delta() if x.H == 256 else None
 
                     def then(get_s, get_dp, get_acc=None):
-                        row_delta = find_delta() if early is None else early  # while they run
-                        ds = share(get_s, get_dp, begun, found, row_delta)
+                        ds = share(get_s, get_dp, begun, found)
                         settled = none
                         if get_acc is not None:
                             settled = (get_acc(),)
                             cores.release(k_ring, begun - 1)
-                        return settled, (row_delta, *none, ds.astype(x.dtype))
+                        return settled, (*none, ds.astype(x.dtype))
 
                     started = products(begun)
                     if owed is not None:
@@ -158,11 +150,11 @@ def dq_kernel(x: Problem, schedule: Schedule, bits: bool, dlse: bool, tiling: Ti
                     order.take()
                     return cores.start(started, then, order.give)
 
-                def advance(row_delta, t, found, sums):
+                def advance(t, found, sums):
                     step = begun + t - work.first
 
                     def then(get_s, get_dp, get_acc):
-                        ds = share(get_s, get_dp, step, found, row_delta)
+                        ds = share(get_s, get_dp, step, found)
                         acc = get_acc()
                         cores.release(k_ring, step - 1)
                         # Rounded no sooner: the registers were feeding the product just awaited.
@@ -172,17 +164,13 @@ def dq_kernel(x: Problem, schedule: Schedule, bits: bool, dlse: bool, tiling: Ti
                     order.take()
                     return cores.start(started, then, order.give)
 
-                def walk(state):
-                    row_delta, *sums = state
-                    return stream.walk(
-                        work.full, work.last, columns, find if masked else None, work.first + 1,
-                        functools.partial(advance, row_delta), tuple(sums),
-                    )  # fmt: skip
-
+                walk = lambda sums: stream.walk(
+                    work.full, work.last, columns, find if masked else None, work.first + 1,
+                    advance, sums,
+                )  # fmt: skip
                 return Row(begin, walk, queries)
 
-            kept = (zeros((WG_ROWS,), ROW),)
-            handover = Handover(late, none, (*none, no_share), settle, write, kept)
+            handover = Handover(roomy, none, (*none, no_share), settle, write)
             handover.each(tiles, 0, q_ring, start)
             order.close()
             plgpu.wait_smem_to_gmem(0)
@@ -193,20 +181,18 @@ def dq_kernel(x: Problem, schedule: Schedule, bits: bool, dlse: bool, tiling: Ti
         schedule.thread_blocks,
         (
             *query_types(x),
-            jax.ShapeDtypeStruct((x.B, x.N, whole_tiles(x.q_rows)), jnp.float32),
             *part_types(schedule, (1, ROWS, x.H)),
         ),
         interpret,
         teams=1,
         q_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         do_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
-        o_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype) if fits else None,
         k_smem=shared((stages, tile, x.H), x.dtype),
         v_smem=shared((stages, tile, x.H), x.dtype),
-        dq_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype) if late else None,
+        dq_smem=shared((COMPUTE, WG_ROWS, x.H), x.dtype) if roomy else None,
         ids_smem=plgpu.SMEM((stages, x.key_ids, tile), jnp.int32) if x.ids else None,
-        q_bars=Ring.barriers(row_slots, (3 if fits else 2) * COMPUTE),
+        q_bars=Ring.barriers(row_slots, 2 * COMPUTE),
         k_bars=Ring.barriers(stages, columns.gather * (1 + x.key_ids)),
         v_bars=Ring.barriers(stages, columns.gather),
-        turn_bars=Turns.barrier(tiling.turns),
+        turn_bars=Turns.barrier(turns),
     )

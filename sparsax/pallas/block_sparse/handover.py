@@ -19,8 +19,8 @@ from sparsax.pallas.hopper import Ring
 class Row(NamedTuple):
     """How a kernel does one row tile of queries."""
 
-    begin: Callable  # its first tile: `(settled, state)` of the sums that another row still owes
-    walk: Callable  # the other tiles: sums of the state, which is what the row keeps and its sums
+    begin: Callable  # its first tile: `(settled, sums)` of the sums that another row still owes
+    walk: Callable  # the other tiles: sums of sums
     space: Any  # of the queries; results go there if they have none of their own
 
 
@@ -33,7 +33,6 @@ class Handover(NamedTuple):
         owed: sums before the first tile; what they owe is a product of their last part.
         settle: `(sums, step) -> settled`, runs the product owed since a step.
         write: `(place, settled, poison, space)`; a place is `(row tile, sample, head, part)`.
-        kept: what a row keeps that sees nothing.
     """
 
     late: bool
@@ -41,7 +40,6 @@ class Handover(NamedTuple):
     owed: Any
     settle: Callable
     write: Callable
-    kept: tuple[Any, ...] = ()
 
     def each(
         self, tiles: QueryTiles, team, ring: Ring, start: Callable[[QueryTile, Any, Any], Row]
@@ -60,16 +58,16 @@ class Handover(NamedTuple):
                 beside = lambda: (owner, *row.begin(owed))
                 alone = lambda: (nobody, *row.begin(None))
                 either = lambda: lax.cond(owner[0] >= 0, beside, alone)
-                empty = lambda: (mine, self.settled, (*self.kept, *owed))
-                whose, settled, state = lax.cond(steps > 0, either, empty)
+                empty = lambda: (mine, self.settled, owed)
+                whose, settled, sums = lax.cond(steps > 0, either, empty)
                 self.write(whose, settled, jnp.where(steps > 0, 0.0, poison), None)
-                sums = row.walk(state)
+                sums = row.walk(sums)
                 pl.when(work.there)(lambda: ring.release(done))
                 pick = lambda new, old: jnp.where(steps > 0, new, old)
                 held = tuple(map(pick, mine, owner)), sums
             else:
-                empty = lambda: (*self.kept, *self.owed)
-                sums = row.walk(lax.cond(steps > 0, lambda: row.begin(None)[1], empty))
+                sums = lax.cond(steps > 0, lambda: row.begin(None)[1], lambda: self.owed)
+                sums = row.walk(sums)
                 end = begun + steps - 1
                 settled = lax.cond(
                     steps > 0, lambda: self.settle(sums, end), lambda: self.unowed(sums)

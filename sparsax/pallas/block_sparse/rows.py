@@ -93,11 +93,8 @@ class QueryTiles:
         # Samples are told apart by the owner if it is one of theirs, else by the copy.
         sample, kv_head = item.copy // sharing + item.owner // x.P, head // (x.N // x.K)
         full, count = item.extra
-        begin, place = jnp.int32(0), jnp.int32(-1)
-        if self.schedule.extra:  # or no row is cut, and registers need not hold these two
-            begin = item.first
-            place = jnp.where(item.part >= 0, item.part * self.schedule.copies + item.copy, -1)
-        first, last = self.columns.span(begin, item.last, jnp.maximum(count, 0))
+        first, last = self.columns.span(item.first, item.last, jnp.maximum(count, 0))
+        place = jnp.where(item.part >= 0, item.part * self.schedule.copies + item.copy, -1)
         return QueryTile(item.row, p, sample, head, kv_head, first, last, place, full, count)
 
     def each(self, team, visit, carry):

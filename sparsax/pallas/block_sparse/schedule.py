@@ -225,10 +225,6 @@ class Schedule:
             first, jnp.where(there, last, first), part, tuple(jnp.where(there, x, 0) for x in more),
         )  # fmt: skip
 
-    def begins_row(self, place):
-        """Whether what goes to this place begins its row: a first piece, or the whole row, -1."""
-        return (place < 0) | (place >= self.extra * self.copies)
-
     def _slots(self, stays):
         return jnp.where(stays, jnp.int32(self.dealt), jnp.int32(self.left))
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 
@@ -28,16 +27,6 @@ class Segments:
                 pl.when(functools.reduce(jnp.logical_and, conditions))(go)
             else:
                 go()
-
-    def load(self, position, run: Callable[[Any, Any], Any]) -> Any:
-        """The same where `run` gives a value."""
-        *others, last = zip(self.refs, self.starts, strict=True)
-        go = lambda ref, start: run(ref, position - start)
-        found = functools.partial(go, *last)
-        for segment, end in zip(others[::-1], self.starts[::-1], strict=False):
-            here = functools.partial(go, *segment)
-            found = functools.partial(lax.cond, position < end, here, found)
-        return found()
 
 
 def split(refs: list[Any], *starts: tuple[int, ...]) -> tuple[Any, ...]:

@@ -83,7 +83,7 @@ def backward(
     qs, ks, vs = _arrays(keys, q, k, v, own, saved.brought)
     work = lambda keys_in_rows: expected_work(problem, pattern, keys_in_rows)
     (dq, *of_rows), dk, dv = run_backward(
-        problem, query_lists(keys), key_lists(keys), keys.places, qs, ks, vs, os, lse, dos, None,
+        problem, query_lists(keys), key_lists(keys), keys.places, qs, ks, vs, os, lse, dos, 0.0,
         config, interpret, (work(False), work(True)),
         keys.listed_rows if problem.rows and not problem.own else None,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def backward(
     ids = query_ids(queries, tau, first, num_codes), key_ids(keys, key_mask)
     by_query, by_key = (_lists(problem.T, causal, keys_in_rows) for keys_in_rows in (False, True))
     (dq,), (dk,), (dv,) = run_backward(
-        problem, by_query, by_key, ids, [q], [k], [v], [o], [lse], [do], None,
+        problem, by_query, by_key, ids, [q], [k], [v], [o], [lse], [do], 0.0,
         config or CODED[problem.H], interpret,
     )  # fmt: skip
     return dq, dk, dv
