@@ -4,10 +4,10 @@
 
 Starts itself under `ncu`, which has to be on the PATH, once for each case, and leaves the clocks
 alone. bfloat16. `spion`: 16 heads of 64 and of 128 features, 16,384 tokens, a band and full columns
-of blocks of 128, density .1, as in attention_gpu.py. `qds`, `longformer`: compound attention as in
-compound_gpu.py. Dense cuDNN stands beside each. A row holds, for one launch, microseconds, what
-share of its peak each pipe and memory reached while the kernel ran, and how many cycles a warp
-waits for each reason from one of its instructions to the next.
+of blocks of 128, density .1, as in attention_gpu.py; `few`: the same with .02. `qds`, `longformer`:
+compound attention as in compound_gpu.py. Dense cuDNN stands beside each. A row holds, for one
+launch, microseconds, what share of its peak each pipe and memory reached while the kernel ran, and
+how many cycles a warp waits for each reason from one of its instructions to the next.
 """
 
 import argparse
@@ -39,6 +39,7 @@ FACTS = {
     "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": "memory system",
     "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "memory",
     "launch__registers_per_thread": "registers",
+    "smsp__issue_active.avg.per_cycle_active": "instructions a cycle of each scheduler",
 }
 TO_MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3}
 
@@ -53,6 +54,10 @@ def cases(quick: bool):
         mask = spion_like(16, blocks, 0.5 if quick else 0.1)
         pattern = sparsax.BlockPattern.from_block_mask(mask, q_len=length, block_q=BLOCK)
         found[f"spion {features}"] = sparsax.block_sparse_attention, shape, (pattern,)
+        few = sparsax.BlockPattern.from_block_mask(
+            spion_like(16, blocks, 0.02), q_len=length, block_q=BLOCK
+        )
+        found[f"few {features}"] = sparsax.block_sparse_attention, shape, (few,)
         found[f"dense {features}"] = dense, shape, ()
     found["qds"] = sparsax.compound_attention, (8, 2048, 12, 64), (qds(8),)
     found["dense like qds"] = dense, (8, 2048, 12, 64), ()

@@ -4,10 +4,10 @@
 
 For each head dim it times every candidate of the three kernels by the profiler, on a SPION-like
 pattern of density 0.1, on the full one, on the causal one with segments, whose tiles need masks,
-and on the compound patterns of QDS and Longformer; and prints the lines of `TABLE`, `MASKED` and
-`PLACED` in `sparsax/pallas/block_sparse/config.py`. Parts of it (`--cases`, `--passes`) may run on
-a GPU each. A candidate whose result differs from the first
-one's by more than rounding is an error. bfloat16, 16 heads, blocks of 128.
+and on the compound patterns of QDS and Longformer, the latter with padding, too; and prints the
+lines of `TABLE`, `MASKED`, `PLACED` and `RANGED` in `sparsax/pallas/block_sparse/config.py`. Parts
+of it (`--cases`, `--passes`) may run on a GPU each. A candidate whose result differs by more than
+rounding from that of the table is an error. bfloat16, 16 heads, blocks of 128.
 """
 
 import argparse
@@ -27,7 +27,6 @@ import sparsax
 from sparsax.pallas import compound
 from sparsax.pallas.block_sparse import attention
 from sparsax.pallas.block_sparse.config import TABLE, Config, ForwardTiling, KeyTiling, Tiling
-from sparsax.pallas.block_sparse.tiles import ROWS
 
 # (tile, slots of tiles, of row tiles) that fit in shared memory, by head dim.
 FORWARD = {
@@ -37,6 +36,7 @@ FORWARD = {
     128: [(128, 2, 1), (128, 2, 2)],
     256: [(64, 2, 1), (32, 2, 1)],
 }
+TEAMS = {64: [(64, 3, 2), (64, 4, 2)]}  # of the forward pass with two teams
 DQ = {
     32: [(128, 4, 1), (128, 4, 2), (64, 6, 2)],
     64: [(128, 3, 1), (128, 3, 2), (64, 6, 2)],
@@ -55,7 +55,8 @@ DKV = {
 TABLES = {
     "TABLE": ("spion", "full"),
     "MASKED": ("causal",),
-    "PLACED": ("qds", "longformer"),
+    "PLACED": ("padded",),
+    "RANGED": ("qds", "longformer"),
 }
 KERNELS = {
     "forward": "block_sparse_forward",
@@ -65,23 +66,23 @@ KERNELS = {
 
 
 def tilings(choices, kind: type[Tiling] = Tiling) -> list:
-    """Every choice as it is, and with turns; of the forward pass those of two teams, too.
-
-    Of dK and dV each with all that may be read early.
-    """
+    """Every choice as it is, and with turns; of dK and dV each with all that may be read early."""
     found = [
         kind(tile, stages, turns, row_slots)
         for tile, stages, row_slots in choices for turns in (False, True)
     ]  # fmt: skip
     if kind is KeyTiling:
         return [dataclasses.replace(x, early=early) for x in found for early in (0, 1, 2)]
-    if kind is not ForwardTiling:
-        return found
-    # Two teams have fewer registers, which half of a tile fits in.
-    return found + [
-        ForwardTiling(tile // 2, stages, row_slots=row_slots, teams=2)
-        for tile, stages, row_slots in choices if tile == ROWS
-    ]  # fmt: skip
+    return found
+
+
+def forward_tilings(features: int) -> list:
+    """Those of one team, and of two."""
+    of_two = (
+        ForwardTiling(tile, stages, row_slots=row_slots, teams=2)
+        for tile, stages, row_slots in TEAMS.get(features, [])
+    )
+    return [*tilings(FORWARD[features], ForwardTiling), *of_two]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,13 +147,16 @@ def cases(features: int, length: int, heads: int) -> dict[str, Case]:
 
     blocks = length // BLOCK
     every = np.ones((heads, blocks, blocks), bool)
+    scattered = longformer(4096, 64, True)
+    padded = dataclasses.replace(scattered, token_mask=jnp.arange(4096)[None] < 3900)
     segments = jnp.arange(length)[None] // (length // 3)
     return {
         "spion": of_blocks(spion_like(heads, blocks, 0.1), None),
         "full": of_blocks(every, None),
         "causal": of_blocks(np.tril(every), segments),
         "qds": Case(compound_passes, draw(8, 2048, 12), (qds(8),)),
-        "longformer": Case(compound_passes, draw(2, 4096, 16), (longformer(4096, 64, True),)),
+        "longformer": Case(compound_passes, draw(2, 4096, 16), (scattered,)),
+        "padded": Case(compound_passes, draw(2, 4096, 16), (padded,)),
     }
 
 
@@ -199,14 +203,15 @@ def tune(features: int, length: int, heads: int, only: list[str], passes: list[s
         args = *case.arrays[:3], *case.operands
         first = forward(*args)
         if "forward" in passes:
-            for tiling in tilings(FORWARD[features], ForwardTiling):
+            for tiling in forward_tilings(features):
                 run, _ = case.passes(Config(tiling, kept.dq, kept.dkv))
                 if found := times(name, run, args, first, tiling):
                     yield row("forward", tiling, name, found)
-        if "backward" in passes:
+        if set(passes) - {"forward"}:
             args = *case.arrays, *first, *case.operands
             first = backward(*args)
-            of_dq, of_dkv = tilings(DQ[features]), tilings(DKV[features], KeyTiling)
+            of_dq = tilings(DQ[features]) if "dq" in passes else []
+            of_dkv = tilings(DKV[features], KeyTiling) if "dkv" in passes else []
             for dq, dkv in itertools.zip_longest(of_dq, of_dkv):
                 pair = dq or kept.dq, dkv or kept.dkv
                 _, run = case.passes(Config(kept.forward, *pair))
@@ -244,8 +249,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     every_case = [name for names in TABLES.values() for name in names]
     parser.add_argument("--cases", nargs="+", default=every_case, choices=every_case)
-    passes = ["forward", "backward"]
-    parser.add_argument("--passes", nargs="+", default=passes, choices=passes)
+    parser.add_argument("--passes", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--name", default="tune_attention_gpu", help="of the result")
     args = parser.parse_args()
     rows = []

@@ -76,7 +76,7 @@ class Config:
 TABLE = {
     32: Config(ForwardTiling(128, 4), Tiling(128, 4), KeyTiling(128, 4)),
     64: Config(
-        ForwardTiling(64, 3, row_slots=2, teams=2),
+        ForwardTiling(64, 4, row_slots=2, teams=2),
         Tiling(128, 3, row_slots=2),
         KeyTiling(128, 3, row_slots=2),
     ),
@@ -84,7 +84,7 @@ TABLE = {
     128: Config(
         ForwardTiling(128, 2, row_slots=2),
         Tiling(64, 3, turns=True),
-        KeyTiling(64, 2, turns=True),
+        KeyTiling(64, 2, early=2),
     ),
     256: Config(ForwardTiling(64, 2), Tiling(32, 2), KeyTiling(32, 1)),
 }
@@ -99,18 +99,24 @@ MASKED = TABLE | {
     128: Config(
         ForwardTiling(128, 2, turns=True, row_slots=2),
         Tiling(64, 3, row_slots=2),
-        KeyTiling(64, 2),
+        KeyTiling(64, 2, turns=True, early=1),
     ),
 }
 
 # Where places say which pairs attend, as in compound attention: short lists, most tiles masked.
 PLACED = MASKED | {
     64: Config(
-        ForwardTiling(64, 3, row_slots=2, teams=2),
+        ForwardTiling(128, 3, row_slots=2),
         Tiling(64, 6, row_slots=2),
         KeyTiling(64, 6, row_slots=2, early=2),
     ),
     96: Config(ForwardTiling(128, 2), Tiling(64, 4), KeyTiling(64, 4)),
+}
+
+# Where one comparison with places does, and tiles of global rows need none: other masks find no
+# registers beside those of another team.
+RANGED = PLACED | {
+    64: dataclasses.replace(PLACED[64], forward=ForwardTiling(64, 3, row_slots=2, teams=2)),
 }
 
 # Where codes say which pairs attend, as in top-L attention: the largest tiles whose masks leave
@@ -127,8 +133,14 @@ CODED = {
 
 def best_config(problem: Problem, masked: bool) -> Config:
     """The configuration for a problem."""
-    table = TABLE if not masked else MASKED if problem.rule is None else PLACED
-    config = table[problem.H]
-    if config.forward.teams > 1 and problem.block_kv < config.forward.tile:
-        return MASKED[problem.H]  # a tile gathers blocks, and masks those that are not there
-    return config
+    if not masked:
+        config = TABLE[problem.H]
+        # A tile that gathers blocks masks those that are not there.
+        gathers = config.forward.teams > 1 and problem.block_kv < config.forward.tile
+        return MASKED[problem.H] if gathers else config
+    if problem.rule is None:
+        return MASKED[problem.H]
+    asked = problem.rows_ask and not problem.whole_rows
+    gathers = problem.block_kv < RANGED[problem.H].forward.tile
+    ranged = problem.rule.says_all and not asked and not gathers
+    return (RANGED if ranged else PLACED)[problem.H]
