@@ -25,7 +25,7 @@ from harness import save
 
 import sparsax
 from sparsax.pallas import compound
-from sparsax.pallas.block_sparse import attention
+from sparsax.pallas.block_sparse import attention, config
 from sparsax.pallas.block_sparse.config import TABLE, Config, ForwardTiling, KeyTiling, Tiling
 
 # (tile, slots of tiles, of row tiles) that fit in shared memory, by head dim.
@@ -58,6 +58,7 @@ TABLES = {
     "PLACED": ("padded",),
     "RANGED": ("qds", "longformer"),
 }
+TABLE_OF = {name: getattr(config, table) for table, names in TABLES.items() for name in names}
 KERNELS = {
     "forward": "block_sparse_forward",
     "dq": "block_sparse_dq",
@@ -94,13 +95,13 @@ class Case:
     operands: tuple
 
 
-def block_passes(config: Config):
+def block_passes(chosen: Config):
     """Both passes over the lists of a block pattern, jitted; with ids they are causal too."""
 
     def options(q, ids):
         return {
             "block_q": BLOCK, "block_kv": BLOCK, "scale": q.shape[-1] ** -0.5,
-            "causal": ids is not None, "window": None, "config": config,
+            "causal": ids is not None, "window": None, "config": chosen,
         }  # fmt: skip
 
     @jax.jit
@@ -117,9 +118,9 @@ def block_passes(config: Config):
     return forward, backward
 
 
-def compound_passes(config: Config):
+def compound_passes(chosen: Config):
     """Both passes over a compound pattern, jitted."""
-    options = lambda q: {"scale": q.shape[-1] ** -0.5, "config": config}
+    options = lambda q: {"scale": q.shape[-1] ** -0.5, "config": chosen}
     own = None, None, None
 
     @jax.jit
@@ -176,7 +177,6 @@ def assert_alike(got, want, tiling) -> None:
 
 def tune(features: int, length: int, heads: int, only: list[str], passes: list[str]):
     """Yields the time of every candidate in every case, a row each."""
-    kept = TABLE[features]
 
     def row(kernel, tiling, name, times):
         time = of_kernel(kernel, times)
@@ -199,6 +199,7 @@ def tune(features: int, length: int, heads: int, only: list[str], passes: list[s
     for name, case in cases(features, length, heads).items():
         if name not in only:
             continue
+        kept = TABLE_OF[name][features]
         forward, backward = case.passes(kept)
         args = *case.arrays[:3], *case.operands
         first = forward(*args)
