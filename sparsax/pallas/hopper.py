@@ -131,8 +131,6 @@ class Ring:
 
     def slot(self, step):
         """The slot that a step uses."""
-        if self.slots == 4:  # one instruction for a chain of six, which products would wait for
-            return self.first + (step & 3)
         return self.first + lax.rem(step, jnp.int32(self.slots))
 
     def reserve(self, step) -> None:
@@ -354,7 +352,6 @@ def launch(
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
-            reduction_scratch_bytes=0,  # shared memory that only reductions over rows want
             # To be safe, Pallas gathers the warps of a warpgroup around whatever touches shared
             # memory. It need not where one warp copies: what computes writes there between
             # `wait_smem_to_gmem` and `commit_smem`, which gather the warps; and what copies bring

@@ -94,11 +94,6 @@ def test_who_waits_for_whom_changes_no_bit(choice, monkeypatch):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
-def test_two_teams_take_no_turns():
-    with pytest.raises(ValueError, match="in one team; got 2 teams"):
-        configs.ForwardTiling(64, 3, turns=True, teams=2)
-
-
 def test_vmap_is_a_longer_batch():
     q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 1, 128, 2, 32), jnp.float16)
     pattern = sparsax.patterns.causal(128, block=64)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import sparsax
 from sparsax import pallas
 from sparsax.layouts import INVALID
+from sparsax.pallas.block_sparse import deal as dealing
 from sparsax.pallas.block_sparse.deal import LEAST, deal
 from sparsax.pallas.block_sparse.schedule import OF_ROW, PIECES, Expected, Schedule
 from sparsax.pallas.block_sparse.tiles import ROWS, Bounds, tile_lists
@@ -67,6 +68,23 @@ def table_of(plan, work, *extra):
 def item_of(plan, table, block, slot=0, extra=()):
     added = table[0]
     return plan.item(*plan.read(np.int32(block), np.int32(slot), None, table, added, extra))
+
+
+def test_how_many_rows_a_thread_block_ranks_changes_nothing(monkeypatch):
+    work = np.random.default_rng(0).integers(0, 40, (3, 21)).astype(np.int32)
+    work[1, 5] = 400
+    plan = Schedule(3, 21, copies=2, longest=400)
+    table, splits = table_of(plan, work, work + 7)
+    assert splits is not None
+    assert table[0] > 0  # rows are cut
+    monkeypatch.setattr(dealing, "AT_ONCE", 1)
+    monkeypatch.setattr(dealing, "multiprocessors", lambda: 1)
+    many, of_many = table_of(plan, work, work + 7)
+    items = plan.extra + plan.rows
+    used = np.r_[np.arange(table[0]), np.arange(plan.extra, items)]  # the rest is not written
+    places = np.r_[0, 1 + np.add.outer(np.arange(5) * items, used).ravel()]
+    np.testing.assert_array_equal(many[places], table[places])
+    np.testing.assert_array_equal(of_many, splits)
 
 
 works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=20)

@@ -36,9 +36,7 @@ class ForwardTiling(Tiling):
 
     def __post_init__(self):
         if self.stages < 2:
-            raise ValueError(
-                f"a tile's values are awaited beside the last one's; got {self.stages}"
-            )
+            raise ValueError(f"values of two tiles are held at once; got stages={self.stages}")
         if self.turns and self.teams > 1:
             raise ValueError(f"warpgroups take turns in one team; got {self.teams} teams")
 
@@ -68,22 +66,20 @@ class Config:
 
 
 # By head dim: what fits in 227 KiB of shared memory. 64 and 128: by time on an H200, from
-# `benchmarks/tune_attention_gpu.py`, where dQ at 128 is a tie with and without turns. The others
-# spill next to nothing, and were not timed. How rows are dealt, handed over and copied has changed
-# since that run; after it, MASKED and PLACED at 64, the two teams, and the turns of the forward
-# pass at 128 were chosen by single timings on an H100 and an H200, not by the script. What
-# dK and dV read early spills no more than they do without, as the assembler tells it: not timed.
+# `benchmarks/tune_attention_gpu.py` as far as `benchmarks/results/tune_attention_gpu.json` has a
+# case; dQ of MASKED and of places at 64 was timed while it computed delta, too, and placed, padded
+# pairs were not. The others spill next to nothing, and were not timed.
 TABLE = {
     32: Config(ForwardTiling(128, 4), Tiling(128, 4), KeyTiling(128, 4)),
     64: Config(
-        ForwardTiling(64, 4, row_slots=2, teams=2),
+        ForwardTiling(64, 3, row_slots=2, teams=2),
         Tiling(128, 3, row_slots=2),
         KeyTiling(128, 3, row_slots=2),
     ),
     96: Config(ForwardTiling(128, 2), Tiling(64, 4), KeyTiling(64, 4, early=2)),
     128: Config(
         ForwardTiling(128, 2, row_slots=2),
-        Tiling(64, 3, turns=True),
+        Tiling(64, 3, row_slots=2),
         KeyTiling(64, 2, early=2),
     ),
     256: Config(ForwardTiling(64, 2), Tiling(32, 2), KeyTiling(32, 1)),
@@ -93,7 +89,7 @@ TABLE = {
 MASKED = TABLE | {
     64: Config(
         ForwardTiling(128, 3, row_slots=2),
-        Tiling(128, 3, row_slots=2),
+        Tiling(64, 6, row_slots=2),
         KeyTiling(64, 6, row_slots=2, early=2),
     ),
     128: Config(
@@ -105,11 +101,6 @@ MASKED = TABLE | {
 
 # Where places say which pairs attend, as in compound attention: short lists, most tiles masked.
 PLACED = MASKED | {
-    64: Config(
-        ForwardTiling(128, 3, row_slots=2),
-        Tiling(64, 6, row_slots=2),
-        KeyTiling(64, 6, row_slots=2, early=2),
-    ),
     96: Config(ForwardTiling(128, 2), Tiling(64, 4), KeyTiling(64, 4)),
 }
 
