@@ -28,7 +28,7 @@ from sparsax.pallas import compound
 from sparsax.pallas.block_sparse import attention, config
 from sparsax.pallas.block_sparse.config import TABLE, Config, ForwardTiling, KeyTiling, Tiling
 
-# (tile, slots of tiles, of row tiles) that fit in shared memory, by head dim.
+# (tile, slots of tiles, of row tiles) that fit in shared memory, by head dim; of dK and dV, spaces.
 FORWARD = {
     32: [(128, 4, 1), (128, 4, 2), (128, 6, 1)],
     64: [(128, 3, 1), (128, 3, 2), (64, 6, 2)],
@@ -45,11 +45,11 @@ DQ = {
     256: [(32, 2, 1)],
 }
 DKV = {
-    32: [(128, 4, 1), (128, 4, 2), (64, 6, 2)],
-    64: [(128, 3, 2), (64, 6, 2)],
-    96: [(64, 4, 1), (64, 3, 1)],
-    128: [(64, 2, 1)],
-    256: [(32, 1, 1)],
+    32: [(128, 4, 1, 2), (128, 4, 2, 2), (64, 6, 2, 2)],
+    64: [(128, 3, 2, 2), (64, 6, 2, 2)],
+    96: [(64, 4, 1, 2), (64, 3, 1, 2)],
+    128: [(64, 2, 1, 2), (64, 3, 1, 1), (64, 4, 1, 1)],
+    256: [(32, 1, 1, 1)],
 }
 # The cases that decide each table.
 TABLES = {
@@ -67,14 +67,20 @@ KERNELS = {
 
 
 def tilings(choices, kind: type[Tiling] = Tiling) -> list:
-    """Every choice as it is, and with turns; of dK and dV each with all that may be read early."""
-    found = [
+    """Every choice as it is, and with turns."""
+    return [
         kind(tile, stages, turns, row_slots)
         for tile, stages, row_slots in choices for turns in (False, True)
     ]  # fmt: skip
-    if kind is KeyTiling:
-        return [dataclasses.replace(x, early=early) for x in found for early in (0, 1, 2)]
-    return found
+
+
+def key_tilings(features: int) -> list:
+    """Those, each with all that may be read early."""
+    return [
+        KeyTiling(tile, stages, turns, row_slots, early, spaces)
+        for tile, stages, row_slots, spaces in DKV[features]
+        for turns in (False, True) for early in (0, 1, 2)
+    ]  # fmt: skip
 
 
 def forward_tilings(features: int) -> list:
@@ -212,7 +218,7 @@ def tune(features: int, length: int, heads: int, only: list[str], passes: list[s
             args = *case.arrays, *first, *case.operands
             first = backward(*args)
             of_dq = tilings(DQ[features]) if "dq" in passes else []
-            of_dkv = tilings(DKV[features], KeyTiling) if "dkv" in passes else []
+            of_dkv = key_tilings(features) if "dkv" in passes else []
             for dq, dkv in itertools.zip_longest(of_dq, of_dkv):
                 pair = dq or kept.dq, dkv or kept.dkv
                 _, run = case.passes(Config(kept.forward, *pair))
@@ -232,7 +238,8 @@ def best(rows: list[dict], features: int, kernel: str, names: tuple[str, ...]) -
     times: dict[Tiling, dict[str, float]] = collections.defaultdict(dict)
     for row in rows:
         if (row["features"], row["kernel"]) == (features, kernel) and row["case"] in names:
-            tiling = kind(**{field.name: row[field.name] for field in dataclasses.fields(kind)})
+            known = (field.name for field in dataclasses.fields(kind) if field.name in row)
+            tiling = kind(**{name: row[name] for name in known})  # others did not exist yet
             times[tiling][row["case"]] = row["milliseconds"]
     everywhere = {tiling: x for tiling, x in times.items() if set(x) == set(names)}
     if not everywhere:

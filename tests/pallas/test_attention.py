@@ -76,16 +76,21 @@ def test_split_rows_add_up_interpreted(joined):
 
 
 @pytest.mark.usefixtures("no_races")
-@pytest.mark.parametrize("choice", [{"turns": True}, {"teams": 2}], ids=str)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"forward": {"turns": True}, "dq": {"turns": True}, "dkv": {"turns": True}},
+        {"forward": {"teams": 2}},
+        {"dkv": {"spaces": 1}},
+    ],
+    ids=["turns", "teams", "spaces"],
+)
 def test_who_waits_for_whom_changes_no_bit(choice, monkeypatch):
     c, found = next(c for c in KERNEL_CASES if c.name == "h32"), []
-    old, tile = configs.TABLE[c.H], 64  # which two teams have registers for
-    of_all = {name: x for name, x in choice.items() if name != "teams"}
-    for change, more in (({}, {}), (of_all, choice)):
-        config = configs.Config(
-            dataclasses.replace(old.forward, tile=tile, stages=3, **more),
-            *(dataclasses.replace(x, **change) for x in (old.dq, old.dkv)),
-        )
+    old = configs.TABLE[c.H]  # with tiles forward that two teams have registers for
+    old = dataclasses.replace(old, forward=dataclasses.replace(old.forward, tile=64, stages=3))
+    new = {name: dataclasses.replace(getattr(old, name), **x) for name, x in choice.items()}
+    for config in (old, dataclasses.replace(old, **new)):
         for table in (configs.TABLE, configs.MASKED):
             monkeypatch.setitem(table, c.H, config)
         with pallas.interpreted(detect_races=True):

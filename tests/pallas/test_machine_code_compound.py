@@ -15,15 +15,15 @@ from tests.pallas.test_machine_code import pytestmark as pytestmark
 # next row want registers.
 SPILLS = {
     32: {"dq": 48, "dkv": 56},
+    64: {"forward": 92},
     96: {"forward": 72, "dkv": 56},
-    128: {"forward": 88, "dq": 68, "dkv": 252},
+    128: {"forward": 84, "dq": 60, "dkv": 236},
 }
 # Without a rule.
 OF_BITS = {
     32: {"dkv": 16},
-    64: {"dq": 60},
-    96: {"dkv": 44},
-    128: {"forward": 12, "dq": 4, "dkv": 180},
+    96: {"forward": 4, "dkv": 52},
+    128: {"forward": 4, "dq": 4, "dkv": 244},
 }
 
 

@@ -43,17 +43,22 @@ class ForwardTiling(Tiling):
 
 @dataclasses.dataclass(frozen=True)
 class KeyTiling(Tiling):
-    """The same of the kernel of dK and dV; `early` is what it reads of a tile's vectors beforehand.
+    """The same of the kernel of dK and dV.
 
-    0: nothing before the product is done that wants it. 1: lse, while the first product runs.
-    2: ids, too, and delta before the exponentials. What is read early waits in registers.
+    `early` is what it reads of a tile's vectors beforehand. 0: nothing before the product is done
+    that wants it. 1: lse, while the first product runs. 2: ids, too, and delta before the
+    exponentials. What is read early waits in registers. Results leave by way of two `spaces` in
+    shared memory, or one after the other by way of one.
     """
 
     early: int = 0
+    spaces: int = 2
 
     def __post_init__(self):
         if self.early not in (0, 1, 2):
             raise ValueError(f"early must be 0, 1 or 2; got {self.early}")
+        if self.spaces not in (1, 2):
+            raise ValueError(f"spaces must be 1 or 2; got {self.spaces}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,7 @@ TABLE = {
         Tiling(64, 3, row_slots=2),
         KeyTiling(64, 2, early=2),
     ),
-    256: Config(ForwardTiling(64, 2), Tiling(32, 2), KeyTiling(32, 1)),
+    256: Config(ForwardTiling(64, 2), Tiling(32, 2), KeyTiling(32, 1, spaces=1)),
 }
 
 # Where tiles may need a mask: it wants registers, and what spills is up to three times as slow.
@@ -102,6 +107,7 @@ MASKED = TABLE | {
 # Where places say which pairs attend, as in compound attention: short lists, most tiles masked.
 PLACED = MASKED | {
     96: Config(ForwardTiling(128, 2), Tiling(64, 4), KeyTiling(64, 4)),
+    128: dataclasses.replace(MASKED[128], dkv=KeyTiling(64, 2)),
 }
 
 # Where one comparison with places does, and tiles of global rows need none: other masks find no

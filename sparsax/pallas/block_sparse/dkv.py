@@ -62,6 +62,7 @@ def dkv_kernel(
     turns: bool,
     row_slots: int,
     early: int,
+    spaces: int,
     interpret,
     features: tuple[int, int] | None = None,
 ):
@@ -278,10 +279,9 @@ def dkv_kernel(
 
                 def write():
                     for i, (gradient, target) in enumerate(results):
-                        # One space for both where shared memory is short: one after the other.
-                        if features is not None or i == 0:
+                        if spaces == 1 or i == 0:  # with one space for both, one after the other
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        out = out_smem.at[0 if features else i, wg]
+                        out = out_smem.at[min(i, spaces - 1), wg]
                         out[...] = gradient.astype(x.dtype)
                         plgpu.commit_smem()
                         target.at(first_row, lambda ref, first, out=out: plgpu.copy_smem_to_gmem(
@@ -320,7 +320,7 @@ def dkv_kernel(
         v_smem=shared((row_slots, COMPUTE, WG_ROWS, x.H), x.dtype),
         q_smem=shared((stages, tile, x.H), x.dtype),
         do_smem=shared((stages, tile, x.H), x.dtype),
-        out_smem=shared((1 if features else 2, COMPUTE, WG_ROWS, high - low), x.dtype),
+        out_smem=shared((spaces, COMPUTE, WG_ROWS, high - low), x.dtype),
         lse_smem=vectors,
         delta_smem=vectors,
         ids_smem=plgpu.SMEM((stages, x.query_ids, tile), jnp.int32) if x.ids else None,
