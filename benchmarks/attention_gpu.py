@@ -1,7 +1,7 @@
 """Block-sparse attention on this machine's GPU against dense cuDNN, in one run.
 
     python benchmarks/attention_gpu.py
-    python benchmarks/attention_gpu.py --flex 16384 --flash4 16384    # with PyTorch's best as well
+    python benchmarks/attention_gpu.py --flex 16384 --flash4 16384    # beside PyTorch's kernels
 
 bfloat16, batch 1, 16 heads, per-head patterns in blocks of 128. Milliseconds are medians over runs
 of calls inside one jitted loop; TFLOP/s count the listed blocks alone (2 matrix products forward, 7
@@ -119,7 +119,7 @@ def show(row: dict, heads: int) -> None:
     flop = 2 * heads * row["length"] ** 2 * row["features"] * row["density"]
     line = f"{row['features']:3d} {row['length']:6d} {row['pattern']:8s} {row['density']:7.3f}"
     for which, products in (("forward_ms", 2), ("both_ms", 7)):
-        ratios = [f"{row[x][which] / row[which]:6.2f}" for x in PEERS if x in row]
+        ratios = [f"{x} {row[x][which] / row[which]:5.2f}" for x in PEERS if x in row]
         rate = products * flop / row[which] / 1e9
         line += f" | {row[which]:8.3f} {rate:5.0f} {' '.join(ratios)}"
     print(line, flush=True)

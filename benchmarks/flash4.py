@@ -10,7 +10,8 @@ def flash4_attention(heads: int, length: int, features: int, block: int) -> Call
     """A function of a boolean block mask `[heads, I, J]`: `(forward, forward + backward)` in ms.
 
     Every listed block is a full block, as ours are. bfloat16, batch 1; the backward pass is the
-    default one, which adds dQ up in whatever order thread blocks come.
+    default one, which adds dQ up in whatever order thread blocks come. The output of one call, with
+    every block listed, is held to that of dense attention.
     """
     import torch
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -29,6 +30,13 @@ def flash4_attention(heads: int, length: int, features: int, block: int) -> Call
 
     def milliseconds(run) -> float:
         return queued_milliseconds(run, torch.cuda.synchronize, calls=10)
+
+    every = np.ones((heads, length // block, length // block), bool)
+    with torch.no_grad():
+        listed = flash_attn_func(q, k, v, block_sparse_tensors=lists(every))[0]
+        turned = (x.transpose(1, 2) for x in (q, k, v))
+        dense = torch.nn.functional.scaled_dot_product_attention(*turned).transpose(1, 2)
+        torch.testing.assert_close(listed, dense, atol=2e-2, rtol=2e-2)
 
     def measure(mask: np.ndarray) -> tuple[float, float]:
         by_rows, by_columns = lists(mask), lists(mask.swapaxes(1, 2))

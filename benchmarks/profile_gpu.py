@@ -4,7 +4,7 @@
 
 Starts itself under `ncu`, which has to be on the PATH, once for each case, and leaves the clocks
 alone. bfloat16. `spion`: 16 heads of 64 and of 128 features, 16,384 tokens, a band and full columns
-of blocks of 128, density .1, as in attention_gpu.py; `few`: the same with .02. `qds`, `longformer`:
+of blocks of 128, density .1, as in attention_gpu.py; `few`: its band. `qds`, `longformer`:
 compound attention as in compound_gpu.py. Dense cuDNN stands beside each. A row holds, for one
 launch, microseconds, what share of its peak each pipe and memory reached while the kernel ran, and
 how many cycles a warp waits for each reason from one of its instructions to the next.

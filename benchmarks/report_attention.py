@@ -24,6 +24,7 @@ from report import DOCS, number, origin, read, table
 
 DENSITY = 0.1  # of the crossover and of the picture
 SHARE = f"{100 * DENSITY:.0f} %"
+PEERS = {"dense": "dense", "flex": "Flex", "flash4": "FA4"}
 KINDS = {"forward_ms": ("forward", 2), "both_ms": ("forward + backward", 7)}  # products of each
 
 
@@ -36,21 +37,21 @@ def ratio(row: dict, peer: str, kind: str) -> float | None:
 def speed(rows: list[dict], heads: int) -> str:
     """The table of one number of head features."""
     head, cells = ["length", "pattern", "density"], []
+    peers = [peer for peer in PEERS if peer != "flash4" or any(peer in row for row in rows)]
     for name, _ in KINDS.values():
-        head += [f"{name} ms", "TFLOP/s", "x dense", "x Flex"]
+        head += [f"{name} ms", "TFLOP/s", *(f"x {PEERS[peer]}" for peer in peers)]
     lengths, patterns = (list(dict.fromkeys(row[x] for row in rows)) for x in ("length", "pattern"))
     for length, pattern in itertools.product(sorted(lengths), patterns):
         found = [r for r in rows if (r["length"], r["pattern"]) == (length, pattern)]
         if not found:
-            cells.append([f"{length:,}", pattern, "not measured", *["-"] * 8])
+            cells.append([f"{length:,}", pattern, "not measured", *["-"] * (len(head) - 3)])
         # At short lengths several densities ask for the same blocks: the last one's times.
         for row in {r["density"]: r for r in sorted(found, key=lambda r: r["density"])}.values():
             line = [f"{length:,}", pattern, f"{100 * row['density']:.1f} %"]
             for kind, (_, products) in KINDS.items():
                 flop = products * 2 * heads * length**2 * row["features"] * row["density"]
                 rate = None if row.get(kind) is None else flop / row[kind] / 1e9
-                line += [number(x) for x in (row.get(kind), rate, ratio(row, "dense", kind),
-                                             ratio(row, "flex", kind))]  # fmt: skip
+                line += map(number, (row.get(kind), rate, *(ratio(row, x, kind) for x in peers)))
             cells.append(line)
     return table(head, cells)
 

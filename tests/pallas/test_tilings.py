@@ -9,22 +9,29 @@ import tune_attention_gpu as tuner
 from harness import RESULTS
 
 from sparsax.pallas.block_sparse import config
-from sparsax.pallas.block_sparse.config import ForwardTiling, best_config
+from sparsax.pallas.block_sparse.config import ForwardTiling, KeyTiling, best_config
 from sparsax.pallas.block_sparse.places import Places
 from sparsax.pallas.block_sparse.problem import Problem
 
 MEASURED = json.loads((RESULTS / "tune_attention_gpu.json").read_text())["rows"]
 
 
+# Not timed since the kernels changed: chosen by earlier runs, or as a table like it.
+UNTIMED = {
+    ("MASKED", "dq", 64), ("RANGED", "dq", 64), ("RANGED", "dkv", 64),
+    *(("PLACED", kernel, 64) for kernel in tuner.KERNELS),
+    *((table, kernel, 128) for table in ("PLACED", "RANGED") for kernel in tuner.KERNELS),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("features", [64, 128])
 @pytest.mark.parametrize("kernel", tuner.KERNELS)
 @pytest.mark.parametrize("table", tuner.TABLES)
 def test_tables_are_what_the_tuner_found_the_fastest(table, kernel, features):
-    names = tuner.TABLES[table]
-    fastest = tuner.best(MEASURED, features, kernel, names)
-    if fastest is None:
-        pytest.skip(f"not every one of {names} was timed")
-    assert getattr(getattr(config, table)[features], kernel) == fastest
+    fastest = tuner.best(MEASURED, features, kernel, tuner.TABLES[table])
+    assert (fastest is None) == ((table, kernel, features) in UNTIMED)
+    if fastest is not None:
+        assert getattr(getattr(config, table)[features], kernel) == fastest
 
 
 def problem(**changes) -> Problem:
@@ -40,31 +47,41 @@ def problem(**changes) -> Problem:
 LISTED = Places(bands=(), causal=False, packed=True, blocks=True)
 
 
+@pytest.mark.parametrize("features", [64, 96, 128])
 @pytest.mark.parametrize(
     ("table", "x", "masked"),
     [
-        (config.RANGED, problem(), True),
-        (config.RANGED, problem(rows=0, whole_rows=False), True),
-        (config.PLACED, problem(whole_rows=False), True),
-        (config.PLACED, problem(rule=LISTED), True),
-        (config.PLACED, problem(block_kv=32), True),
-        (config.MASKED, problem(rule=None), True),
-        (config.TABLE, problem(rule=None), False),
-        (config.MASKED, problem(rule=None, block_kv=32), False),
+        ("RANGED", problem(), True),
+        ("RANGED", problem(rows=0, whole_rows=False), True),
+        ("PLACED", problem(whole_rows=False), True),
+        ("PLACED", problem(rule=LISTED), True),
+        ("MASKED", problem(rule=None), True),
+        ("TABLE", problem(rule=None), False),
     ],
-    ids=["one range", "no rows", "padded rows", "blocks", "gathered", "ids", "all", "small blocks"],
+    ids=["one range", "no rows", "padded rows", "blocks", "ids", "all"],
 )
-def test_two_teams_do_what_wants_few_registers(table, x, masked):
-    assert best_config(x, masked) == table[64]
+def test_a_problem_gets_the_table_of_its_mask(table, x, masked, features):
+    x = dataclasses.replace(x, H=features)
+    assert best_config(x, masked) == getattr(config, table)[features]
+
+
+def test_two_teams_are_for_masks_that_want_few_registers():
+    teams = lambda x, masked: best_config(x, masked).forward.teams
+    assert teams(problem(), True) == teams(problem(rule=None), False) == 2
+    assert teams(problem(whole_rows=False), True) == teams(problem(rule=None), True) == 1
+    # A tile that gathers blocks masks those that are not there.
+    assert teams(problem(rule=None, block_kv=32), False) == 1
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("kind", "options", "message"),
     [
-        ({"stages": 1}, "got stages=1"),
-        ({"stages": 3, "turns": True, "teams": 2}, "got 2 teams"),
+        (ForwardTiling, {"stages": 1}, "got stages=1"),
+        (ForwardTiling, {"stages": 3, "turns": True, "teams": 2}, "got 2 teams"),
+        (KeyTiling, {"stages": 2, "early": 3}, "early must be 0, 1 or 2; got 3"),
+        (KeyTiling, {"stages": 2, "spaces": 3}, "spaces must be 1 or 2; got 3"),
     ],
 )
-def test_tilings_that_would_hang_are_refused(options, message):
+def test_tilings_that_no_kernel_can_have_are_refused(kind, options, message):
     with pytest.raises(ValueError, match=message):
-        ForwardTiling(64, **options)
+        kind(64, **options)

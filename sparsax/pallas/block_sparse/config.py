@@ -71,9 +71,8 @@ class Config:
 
 
 # By head dim: what fits in 227 KiB of shared memory. 64 and 128: by time on an H200, from
-# `benchmarks/tune_attention_gpu.py` as far as `benchmarks/results/tune_attention_gpu.json` has a
-# case; dQ of MASKED and of places at 64 was timed while it computed delta, too, and placed, padded
-# pairs were not. The others spill next to nothing, and were not timed.
+# `benchmarks/tune_attention_gpu.py`; `tests/pallas/test_tilings.py` says what of them was not timed
+# since the kernels changed. The others spill next to nothing, and were not timed.
 TABLE = {
     32: Config(ForwardTiling(128, 4), Tiling(128, 4), KeyTiling(128, 4)),
     64: Config(
@@ -138,6 +137,4 @@ def best_config(problem: Problem, masked: bool) -> Config:
     if problem.rule is None:
         return MASKED[problem.H]
     asked = problem.rows_ask and not problem.whole_rows
-    gathers = problem.block_kv < RANGED[problem.H].forward.tile
-    ranged = problem.rule.says_all and not asked and not gathers
-    return (RANGED if ranged else PLACED)[problem.H]
+    return (RANGED if problem.rule.says_all and not asked else PLACED)[problem.H]

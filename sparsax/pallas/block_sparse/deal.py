@@ -12,7 +12,7 @@ from sparsax.pallas.hopper import multiprocessors
 
 LEAST = 8  # units of a piece of a row at least: each costs about as much as two units more
 STRIP = 8  # rows that a thread block ranks at most, one after another
-AT_ONCE = 8  # of its thread blocks that a multiprocessor holds, or more
+AT_ONCE = 4  # thread blocks for each multiprocessor; with more rows, each of them ranks more
 CHUNK = 4096  # numbers that its registers hold at once
 THREADS = 128
 
