@@ -1,37 +1,14 @@
-"""The tilings of the attention kernels: what was measured, and which problem gets which."""
+"""Which tilings a problem of attention gets, and which are refused."""
 
 import dataclasses
-import json
 
 import jax.numpy as jnp
 import pytest
-import tune_attention_gpu as tuner
-from harness import RESULTS
 
 from sparsax.pallas.block_sparse import config
 from sparsax.pallas.block_sparse.config import ForwardTiling, KeyTiling, best_config
 from sparsax.pallas.block_sparse.places import Places
 from sparsax.pallas.block_sparse.problem import Problem
-
-MEASURED = json.loads((RESULTS / "tune_attention_gpu.json").read_text())["rows"]
-
-
-# Not timed since the kernels changed: chosen by earlier runs, or as a table like it.
-UNTIMED = {
-    ("MASKED", "dq", 64), ("RANGED", "dq", 64), ("RANGED", "dkv", 64),
-    *(("PLACED", kernel, 64) for kernel in tuner.KERNELS),
-    *((table, kernel, 128) for table in ("PLACED", "RANGED") for kernel in tuner.KERNELS),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("features", [64, 128])
-@pytest.mark.parametrize("kernel", tuner.KERNELS)
-@pytest.mark.parametrize("table", tuner.TABLES)
-def test_tables_are_what_the_tuner_found_the_fastest(table, kernel, features):
-    fastest = tuner.best(MEASURED, features, kernel, tuner.TABLES[table])
-    assert (fastest is None) == ((table, kernel, features) in UNTIMED)
-    if fastest is not None:
-        assert getattr(getattr(config, table)[features], kernel) == fastest
 
 
 def problem(**changes) -> Problem:

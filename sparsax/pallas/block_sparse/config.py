@@ -71,7 +71,7 @@ class Config:
 
 
 # By head dim: what fits in 227 KiB of shared memory. 64 and 128: by time on an H200, from
-# `benchmarks/tune_attention_gpu.py`; `tests/pallas/test_tilings.py` says what of them was not timed
+# `benchmarks/tune_attention_gpu.py`; `tests/test_tuned.py` says what of them was not timed
 # since the kernels changed. The others spill next to nothing, and were not timed.
 TABLE = {
     32: Config(ForwardTiling(128, 4), Tiling(128, 4), KeyTiling(128, 4)),
