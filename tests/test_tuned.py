@@ -1,4 +1,4 @@
-"""The tilings of the attention kernels are those that the tuner's committed result has as fastest."""
+"""The tilings of the attention kernels: what the tuner's committed result has as the fastest."""
 
 import json
 
