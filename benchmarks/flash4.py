@@ -1,9 +1,10 @@
 """FlashAttention-4's block-sparse kernels for Hopper, from the package flash-attn-4 (CuTe DSL)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
-from gpu import queued_milliseconds
+from gpu import replayed_milliseconds
 
 
 def flash4_attention(heads: int, length: int, features: int, block: int) -> Callable:
@@ -28,9 +29,7 @@ def flash4_attention(heads: int, length: int, features: int, block: int) -> Call
         none = torch.zeros_like(counts)
         return BlockSparseTensorsTorch(none, indices, counts, indices, block_size=(block, block))
 
-    def milliseconds(run) -> float:
-        return queued_milliseconds(run, torch.cuda.synchronize, calls=10)
-
+    milliseconds = partial(replayed_milliseconds, calls=10)
     every = np.ones((heads, length // block, length // block), bool)
     with torch.no_grad():
         listed = flash_attn_func(q, k, v, block_sparse_tensors=lists(every))[0]

@@ -122,6 +122,22 @@ def queued_milliseconds(run, wait, *, calls: int, repeats: int = 5) -> float:
     return 1e3 * float(np.median(found))
 
 
+def replayed_milliseconds(run, *, calls: int, repeats: int = 5) -> float:
+    """The same for calls of PyTorch, recorded once: the host is out of the way, as above."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiled, tuned and warm before it is recorded
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return queued_milliseconds(graph.replay, torch.cuda.synchronize, calls=calls, repeats=repeats)
+
+
 def kernels(function, *args, calls: int = 5) -> dict[str, float]:
     """Milliseconds of each GPU kernel of a call, by the profiler."""
     total = collections.defaultdict(float)

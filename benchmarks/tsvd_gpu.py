@@ -35,6 +35,7 @@ SHAPES = {
     "llama-7b out": (4096, 4096), "llama-7b up": (4096, 11008), "llama-7b down": (11008, 4096),
 }  # fmt: skip
 QUICK = ["gpt2-m up", "llama-7b out"]
+KERNELS = ("products", "fused", "resident", "split")
 CHAINED = 16  # layers; too many for the L2 cache where they are large
 
 
@@ -91,7 +92,7 @@ def ways(args, ratio: float, k: int, n: int) -> dict:
         make = partial(tiled, size, ratio)
         found[f"xla {size}"] = make, partial(times_tiled, implementation="xla")
         if args.kernels:
-            for schedule in ("products", "fused", "split"):
+            for schedule in KERNELS:
                 found[f"{schedule} {size}"] = make, partial(scheduled, schedule=schedule)
     return {name: way for name, way in found.items() if name.split()[0] in args.ways}
 
@@ -182,10 +183,10 @@ def start(pool, args, layer: str, rows: int, ratio: float) -> dict:
         shapes = (jax.eval_shape(partial(make, *shape, 2)) for shape in ((k, n), (n, k)))
         if not all(takes(name, rows, weights) for weights in shapes):
             continue
-        if name.split()[0] in ("products", "fused", "split"):
+        if name.split()[0] in KERNELS:
             found["errors"][name] = check(pool, name, make, product, rows, k, n)
         found["ms"][name] = timed(make, product)
-        if backward and not name.startswith(("fused", "split")):
+        if backward and not name.startswith(KERNELS[1:]):
             kernels = partial(times_tiled, implementation="pallas")
             both = gradients(kernels if name.startswith("products") else product)
             found["both_ms"][name] = timed(make, both)
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[2, 4, 8])
     parser.add_argument("--tiles", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--common-tile", type=int, default=128)
-    kinds = ["svd", "common", "xla", "products", "fused", "split"]
+    kinds = ["svd", "common", "xla", *KERNELS]
     parser.add_argument("--ways", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--chain", type=int, default=16, help="up to so many rows")
     parser.add_argument("--calls", type=int, default=50, help="in one program, at most")

@@ -3,11 +3,12 @@
     python benchmarks/tune_attention_gpu.py
 
 For each head dim it times every candidate of the three kernels by the profiler, on a SPION-like
-pattern of density 0.1, on the full one, on the causal one with segments, whose tiles need masks,
-and on the compound patterns of QDS and Longformer, the latter with padding, too; and prints the
-lines of `TABLE`, `MASKED`, `PLACED` and `RANGED` in `sparsax/pallas/block_sparse/config.py`. Parts
-of it (`--cases`, `--passes`) may run on a GPU each. A candidate whose result differs by more than
-rounding from that of the table is an error. bfloat16, 16 heads (QDS 12), blocks of 128.
+pattern of density 0.1, on the full one, on the causal one with segments, whose tiles need masks, on
+BigBird's blocks of 64, and on the compound patterns of QDS and Longformer, the latter with padding,
+too; and prints the lines of the tables in `sparsax/pallas/block_sparse/config.py`. Parts of it
+(`--cases`, `--passes`) may run on a GPU each. A candidate whose result differs by more than
+rounding from that of the table is an error. bfloat16, 16 heads (QDS 12), blocks of 128 but for
+BigBird.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import sparsax
 from sparsax.pallas import compound
 from sparsax.pallas.block_sparse import attention, config
 from sparsax.pallas.block_sparse.config import TABLE, Config, ForwardTiling, KeyTiling, Tiling
+from sparsax.patterns.compound import bigbird
 
 # (tile, slots of tiles, of row tiles) that fit in shared memory, by head dim, unless ids are too
 # many; for dK and dV a fourth number, `spaces`.
@@ -56,6 +58,7 @@ DKV = {
 TABLES = {
     "TABLE": ("spion", "full"),
     "MASKED": ("causal",),
+    "SMALL": ("bigbird",),
     "PLACED": ("padded",),
     "RANGED": ("qds", "longformer"),
 }
@@ -165,6 +168,7 @@ def cases(features: int, length: int, heads: int) -> dict[str, Case]:
         "qds": Case(compound_passes, draw(8, 2048, 12), (qds(8),)),
         "longformer": Case(compound_passes, draw(2, 4096, 16), (scattered,)),
         "padded": Case(compound_passes, draw(2, 4096, 16), (padded,)),
+        "bigbird": Case(compound_passes, draw(2, 4096, 16), (bigbird(4096, block=64),)),
     }
 
 

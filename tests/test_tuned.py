@@ -15,6 +15,7 @@ MEASURED = json.loads((RESULTS / "tune_attention_gpu.json").read_text())["rows"]
 UNTIMED = {
     ("MASKED", "dq", 64), ("RANGED", "dq", 64), ("RANGED", "dkv", 64),
     *(("PLACED", kernel, 64) for kernel in tuner.KERNELS),
+    *(("SMALL", kernel, features) for features in (64, 128) for kernel in tuner.KERNELS),
     *((table, kernel, 128) for table in ("PLACED", "RANGED") for kernel in tuner.KERNELS),
 }  # fmt: skip
 

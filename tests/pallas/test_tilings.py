@@ -33,9 +33,11 @@ LISTED = Places(bands=(), causal=False, packed=True, blocks=True)
         ("PLACED", problem(whole_rows=False), True),
         ("PLACED", problem(rule=LISTED), True),
         ("MASKED", problem(rule=None), True),
+        ("MASKED", problem(rule=None, ids=False, right=0), True),
+        ("SMALL", problem(rule=None, ids=False), True),
         ("TABLE", problem(rule=None), False),
     ],
-    ids=["one range", "no rows", "padded rows", "blocks", "ids", "all"],
+    ids=["one range", "no rows", "padded rows", "blocks", "ids", "causal", "lists", "all"],
 )
 def test_a_problem_gets_the_table_of_its_mask(table, x, masked, features):
     x = dataclasses.replace(x, H=features)

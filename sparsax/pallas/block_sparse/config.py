@@ -103,6 +103,11 @@ MASKED = TABLE | {
     ),
 }
 
+# Where row tiles are of several blocks, and nothing but lists says which of their pairs attend.
+SMALL = MASKED | {
+    64: dataclasses.replace(MASKED[64], forward=ForwardTiling(128, 3)),
+}
+
 # Where places say which pairs attend, as in compound attention: short lists, most tiles masked.
 PLACED = MASKED | {
     96: Config(ForwardTiling(128, 2), Tiling(64, 4), KeyTiling(64, 4)),
@@ -135,6 +140,7 @@ def best_config(problem: Problem, masked: bool) -> Config:
         gathers = config.forward.teams > 1 and problem.block_kv < config.forward.tile
         return MASKED[problem.H] if gathers else config
     if problem.rule is None:
-        return MASKED[problem.H]
+        asked = problem.ids or (problem.left, problem.right) != (None, None)
+        return (MASKED if asked else SMALL)[problem.H]
     asked = problem.rows_ask and not problem.whole_rows
     return (RANGED if problem.rule.says_all and not asked else PLACED)[problem.H]

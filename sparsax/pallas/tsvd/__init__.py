@@ -7,9 +7,9 @@ import jax
 
 from sparsax.pallas.activations import ACTIVATIONS
 from sparsax.pallas.support import DTYPES, on_hopper, vary
-from sparsax.pallas.tsvd import fused, products, split
+from sparsax.pallas.tsvd import fused, products, resident, split
 
-Schedule = typing.Literal["fused", "products", "split"]
+Schedule = typing.Literal["fused", "products", "resident", "split"]
 MANY, LARGE = 4096, 3 * 2**19  # rows and numbers of a matrix from which on the products are ahead
 FUSED_FROM, FUSED_TILES = 512, 64  # the same of the fused kernel: rows, and tiles of its output
 FEW, FEW_TILES, FEW_RANKS = 16, 64, 27 * 64  # rows at most; tiles, or their ranks in all, at least
@@ -96,7 +96,8 @@ def tsvd_forward(
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _forward(x, u, v, bias, activation: str | None, schedule: Schedule, interpret):
-    run = {"fused": fused, "products": products, "split": split}[schedule].forward
+    forms = {"fused": fused, "products": products, "resident": resident, "split": split}
+    run = forms[schedule].forward
     y = run(x, u, v, bias, activation=activation, interpret=interpret)
     return vary(y, (x, u, v, bias))
 

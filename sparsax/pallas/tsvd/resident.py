@@ -1,0 +1,212 @@
+"""The product with tiled factors whose `x u` stays in shared memory.
+
+A thread block owns rows and a few columns of tiles. First it computes all that these need of `x u`,
+one row of tiles after another; then it multiplies that with v, a piece of y at a time. Nothing is
+computed twice and nothing but y is written, while tiles may be larger than registers could hold
+(`fused` cuts none). The price is shared memory: I R numbers for each row and column of tiles.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from sparsax.pallas.activations import ACTIVATIONS
+from sparsax.pallas.grouped_matmul.product import CHUNK, beside, each_chunk, together
+from sparsax.pallas.grouped_matmul.tables import DEPTH
+from sparsax.pallas.hopper import (
+    COL,
+    COMPUTE,
+    SHARED_BYTES,
+    WG_ROWS,
+    Ring,
+    TensorCores,
+    copying,
+    launch,
+    per_col,
+    shared,
+)
+
+ROWS = COMPUTE * WG_ROWS
+WIDTHS = (128, 64)  # columns of a tile of either product: the wider the less is read
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a thread block goes about it.
+
+    `group` columns of tiles are its own, whose ranks together are the columns of its products;
+    `cluster` thread blocks with rows of their own share copies of the factors.
+    """
+
+    group: int
+    stages: int
+    cluster: int = 1
+
+    @staticmethod
+    def of(u, v, rows: int = 2 * ROWS) -> "Tiling | None":
+        """The tiling for factors of such shapes and so many rows, or None where there is none."""
+        (_, size, num_out, rank), columns = u.shape, v.shape[3]
+        if rank % DEPTH or size % DEPTH:
+            return None
+        high = -(-rows // ROWS)
+        cluster = 2 if high % 2 == 0 or high > 8 else 1
+        tilings = (
+            Tiling(width // rank, stages, cluster)
+            for width in WIDTHS if width % rank == columns % width == 0
+            for stages in (6, 4, 3) if num_out % (width // rank) == 0
+        )  # fmt: skip
+        return next((t for t in tilings if t.bytes(u) <= SHARED_BYTES), None)
+
+    def bytes(self, u) -> int:
+        """What a thread block needs of shared memory for 16-bit arrays, barriers apart."""
+        num_in, _, _, rank = u.shape
+        width = self.group * rank
+        return 2 * (self.stages * DEPTH * (ROWS + width) + ROWS * num_in * width)
+
+
+def forward(x, u, v, bias, *, activation: str | None, interpret=None, tiling: Tiling | None = None):
+    """`activation(x w + bias)` `[M, J*C]`, w given by the factors of its tiles."""
+    rows, apply = len(x), ACTIVATIONS.get(activation or "")
+    tiling = tiling or Tiling.of(u, v, rows)
+    assert tiling is not None
+    x = jnp.pad(x, ((0, max(-rows % 8, WG_ROWS - rows)), (0, 0)))  # copies take slabs of 8 rows
+    operands = [x, u.reshape(-1, u.shape[2] * u.shape[3]), v.reshape(-1, v.shape[3])]
+    operands += [] if bias is None else [bias.astype(jnp.float32)]
+    (y,) = _kernel(x, u, v, bias is not None, apply, tiling, interpret)(*operands)
+    return y[:rows]
+
+
+def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
+    """A function of `(x, u [I*A, J*R], v [J*I*R, C], [bias])` that returns `y [M, J*C]`."""
+    (num_in, size, num_out, rank), columns = u.shape, v.shape[3]
+    group, stages, cluster = tiling.group, tiling.stages, tiling.cluster
+    width, groups, rows = group * rank, num_out // group, len(x)
+    cores = TensorCores(interpret is not None)
+    steps, lines = size // DEPTH, rank // DEPTH  # of a row of tiles; of its ranks
+    inner, pieces = num_in * lines, columns // width  # steps of a piece of y; pieces of a tile
+    first_steps = num_in * steps
+
+    def kernel(*refs, x_smem, b_smem, p_smem, x_bars, b_bars):
+        x_ref, u_ref, v_ref, *rest = refs
+        bias_ref = rest.pop(0) if has_bias else None
+        (y_ref,) = rest
+        x_ring, ring = Ring(x_bars, stages), Ring(b_bars, stages)
+        item, wg = lax.axis_index("item"), lax.axis_index("wg")
+        row_tile = lax.div(item, jnp.int32(groups))
+        own = lax.rem(item, jnp.int32(groups))  # group of columns of tiles
+        part = (row_tile * cluster + beside(cluster)) * COMPUTE  # of the rows, for each warpgroup
+
+        def place(n):
+            """Which of its tiles piece n of y belongs to, and where in it."""
+            tile = lax.div(n, jnp.int32(pieces))
+            return tile, n - tile * pieces
+
+        @copying(wg)
+        def copy_tiles():
+            def bring(source, step):
+                ring.reserve(step)
+                slot = ring.slot(step)
+                goal = b_smem.at[slot]
+                plgpu.copy_gmem_to_smem(source, goal, ring.filled.at[slot], **together(cluster))
+
+            def fill(step, _):
+                slot, depth = x_ring.slot(step), pl.ds(step * DEPTH, DEPTH)
+                x_ring.reserve(step)
+                for half in range(COMPUTE):
+                    source = x_ref.at[pl.ds((part + half) * WG_ROWS, WG_ROWS), depth]
+                    plgpu.copy_gmem_to_smem(source, x_smem.at[half, slot], x_ring.filled.at[slot])
+                bring(u_ref.at[depth, pl.ds(own * width, width)], step)
+
+            def fill_piece(n, _):
+                tile, piece = place(n)
+                for k in range(inner):
+                    depth = pl.ds(((own * group + tile) * inner + k) * DEPTH, DEPTH)
+                    source = v_ref.at[depth, pl.ds(piece * width, width)]
+                    bring(source, first_steps + n * inner + k)
+
+            lax.fori_loop(0, first_steps, fill, None)
+            lax.fori_loop(0, group * pieces, fill_piece, None)
+            x_ring.drain(jnp.int32(first_steps))
+            ring.drain(jnp.int32(first_steps + group * pieces * inner))
+
+        @pl.when(wg < COMPUTE)
+        def multiply():
+            plgpu.set_max_registers(232, action="increase")
+
+            def hidden(i, meanwhile):
+                """`x_i u_i`, for all ranks of the group."""
+
+                def operands(k):
+                    step = i * steps + k
+                    x_ring.wait(step)
+                    ring.wait(step)
+                    return x_smem.at[wg, x_ring.slot(step)], b_smem.at[ring.slot(step)]
+
+                def release(k):
+                    x_ring.release(i * steps + k)
+                    ring.release(i * steps + k)
+
+                sums = cores.sum_beside((WG_ROWS, width), steps, operands, release, meanwhile)
+                return sums.astype(x.dtype)
+
+            def keep(i, p):
+                for tile in range(group):
+                    for line in range(lines):
+                        begin = tile * rank + line * DEPTH
+                        goal = p_smem.at[wg, tile, i * lines + line]
+                        goal[...] = p[:, begin : begin + DEPTH]
+
+            def output(n, meanwhile):
+                """Piece n of y."""
+                tile, piece = place(n)
+                begin = first_steps + n * inner
+
+                def operands(k):
+                    ring.wait(begin + k)
+                    return p_smem.at[wg, tile, k], b_smem.at[ring.slot(begin + k)]
+
+                release = lambda k: ring.release(begin + k)
+                y = cores.sum_beside((WG_ROWS, width), inner, operands, release, meanwhile)
+                if bias_ref is not None:
+                    at = pl.ds(((own * group + tile) * pieces + piece) * width, width)
+                    row = plgpu.load(bias_ref.at[at], layout=COL, optimized=False)
+                    y = y + per_col(row, y.shape)
+                return (y if activation is None else activation(y)).astype(x.dtype)
+
+            def store(n, y):
+                tile, piece = place(n)
+                begin = ((own * group + tile) * pieces + piece) * (width // CHUNK)
+
+                def copy(chunk, at):
+                    at_rows = pl.ds((part + wg) * WG_ROWS, WG_ROWS)
+                    goal = y_ref.at[at_rows, pl.ds((begin + at // CHUNK) * CHUNK, CHUNK)]
+                    there = (part + wg) * WG_ROWS < rows
+                    pl.when(there)(lambda: plgpu.copy_smem_to_gmem(chunk, goal))
+
+                each_chunk(y, x_smem.at[wg], x.dtype, copy)  # all of x was read
+
+            def last_first(count, compute, use):
+                """`use(i, compute(i))` for all, beside the products of the next one."""
+                go = lambda i, last: compute(i, lambda: use(i - 1, last))
+                first = compute(jnp.int32(0), lambda: None)
+                use(count - 1, lax.fori_loop(1, count, go, first))
+
+            last_first(num_in, hidden, keep)
+            plgpu.commit_smem()
+            last_first(group * pieces, output, store)
+            plgpu.wait_smem_to_gmem(0)
+
+    return launch(
+        kernel, "tsvd_resident", -(-rows // (ROWS * cluster)) * groups,
+        (jax.ShapeDtypeStruct((rows, num_out * columns), x.dtype),), interpret,
+        cluster=cluster,
+        x_smem=shared((COMPUTE, stages, WG_ROWS, DEPTH), x.dtype),
+        b_smem=shared((stages, DEPTH, width), x.dtype),
+        p_smem=shared((COMPUTE, group, inner, WG_ROWS, DEPTH), x.dtype),
+        x_bars=Ring.barriers(stages, COMPUTE),
+        b_bars=Ring.barriers(stages, 1, cluster),
+    )  # fmt: skip
