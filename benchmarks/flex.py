@@ -69,11 +69,12 @@ def _timer(shape: tuple[int, ...]) -> Callable[[Any], tuple[float, float]]:
     milliseconds = partial(replayed_milliseconds, calls=10)
 
     def measure(lists) -> tuple[float, float]:
-        forward = lambda: attend(q, k, v, block_mask=lists)
+        forward = lambda: [attend(q, k, v, block_mask=lists)]
 
         def both():
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
             attend(*leaves, block_mask=lists).backward(do)
+            return [x.grad for x in leaves]
 
         with torch.no_grad():
             alone = milliseconds(forward)

@@ -123,7 +123,10 @@ def queued_milliseconds(run, wait, *, calls: int, repeats: int = 5) -> float:
 
 
 def replayed_milliseconds(run, *, calls: int, repeats: int = 5) -> float:
-    """The same for calls of PyTorch, recorded once: the host is out of the way, as above."""
+    """The same for calls of PyTorch, recorded once: the host is out of the way, as above.
+
+    `run()` returns tensors that it makes, by which it is seen that the recording does the work.
+    """
     import torch
 
     side = torch.cuda.Stream()
@@ -134,7 +137,12 @@ def replayed_milliseconds(run, *, calls: int, repeats: int = 5) -> float:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        made = run()
+    for tensor in made:
+        tensor.zero_()
+    graph.replay()
+    if not all(tensor.any() for tensor in made):
+        raise RuntimeError("the recorded graph leaves results as they were")
     return queued_milliseconds(graph.replay, torch.cuda.synchronize, calls=calls, repeats=repeats)
 
 

@@ -36,6 +36,16 @@ FUSED = (
     Case(name="fused_pair", M=(70,), D=128, F=768, tile=(64, 128), rank=32, dtype="bfloat16"),
 )  # fmt: skip
 
+# What the kernel that keeps `x u` takes: columns of tiles by one and two, clusters of rows or none.
+RESIDENT = (
+    Case(name="resident", M=(330,), D=256, F=512, tile=128, rank=64, dtype="bfloat16"),
+    Case(name="resident_gelu", M=(3, 67), D=300, F=400, tile=128, rank=64, dtype="float16",
+         activation="gelu"),
+    Case(name="resident_silu", M=(130,), D=256, F=256, tile=(64, 128), rank=128, dtype="bfloat16",
+         activation="silu", bias=False),
+    Case(name="resident_odd", M=(70,), D=384, F=576, tile=(128, 192), rank=64, dtype="bfloat16"),
+)  # fmt: skip
+
 # What the kernel for few rows takes: every rank's and tile's lines, shares that are not equal.
 FEW = (
     Case(name="few", M=(1,), D=300, F=250, tile=128, rank=32, dtype="bfloat16"),
@@ -98,6 +108,20 @@ def test_the_fused_kernel_matches_the_reference(c, monkeypatch):
     monkeypatch.setattr(tsvd, "best_schedule", lambda *_: "fused")
     with pallas.interpreted():
         forward_is_near(c)
+
+
+@pytest.mark.parametrize("c", RESIDENT, ids=lambda c: c.name)
+def test_the_kernel_that_keeps_products_matches_the_reference(c, monkeypatch):
+    monkeypatch.setattr(tsvd, "best_schedule", lambda *_: "resident")
+    with pallas.interpreted():
+        forward_is_near(c)
+
+
+@pytest.mark.usefixtures("no_races")
+def test_no_races_where_products_are_kept(monkeypatch):
+    monkeypatch.setattr(tsvd, "best_schedule", lambda *_: "resident")
+    with pallas.interpreted(detect_races=True):
+        forward_is_near(RESIDENT[0])
 
 
 @pytest.fixture
@@ -177,6 +201,11 @@ LARGE = (
 )
 
 
+LARGE_RESIDENT = Case(
+    name="large_resident", M=(5000,), D=4096, F=4096, tile=1024, rank=64, dtype="bfloat16"
+)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("c", LARGE, ids=lambda c: c.name)
 def test_large_products_match_the_reference_on_the_gpu(c):
@@ -189,6 +218,13 @@ def test_large_products_match_the_reference_on_the_gpu(c):
 @pytest.mark.parametrize("c", [*FUSED, *LARGE], ids=lambda c: c.name)
 def test_the_fused_kernel_matches_the_reference_on_the_gpu(c, monkeypatch):
     monkeypatch.setattr(tsvd, "best_schedule", lambda *_: "fused")
+    forward_is_near(c)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("c", [*RESIDENT, LARGE_RESIDENT], ids=lambda c: c.name)
+def test_the_kernel_that_keeps_products_matches_the_reference_on_the_gpu(c, monkeypatch):
+    monkeypatch.setattr(tsvd, "best_schedule", lambda *_: "resident")
     forward_is_near(c)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from sparsax import TiledFactors, pallas, tsvd_matmul
 from sparsax.pallas import tsvd
-from sparsax.pallas.tsvd import products
+from sparsax.pallas.tsvd import products, resident
 from tests.helpers import launched
 from tests.pallas.cases import cells
 from tests.pallas.test_tsvd import CASES
@@ -61,6 +61,31 @@ def test_the_fused_kernel_lowers(size, rank):
     text = lower(size, rank, "bfloat16", rows=8192, num_out=8)
     assert launched(text) == 6
     assert kernels(text) == FORWARD["fused"] | BACKWARD
+
+
+@pytest.mark.parametrize(("size", "rank"), [(128, 64), (128, 128), (192, 64), (1024, 64)])
+def test_the_kernel_that_keeps_products_lowers(size, rank):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    run = jax.jit(lambda *a: pallas.tsvd_forward(*a, activation="relu", schedule="resident"))
+    with pallas.lowering():
+        arrays = of(300, 4 * size), of(4, size, 4, rank), of(4, 4, rank, size), of(4 * size)
+        text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert kernels(text) == {"resident"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "num_out", "rank", "columns", "wanted"),
+    [(8192, 1024, 4, 64, 1024, (2, 3, 2)), (8192, 1024, 4, 128, 1024, (1, 3, 2)),
+     (8192, 128, 4, 64, 1024, (2, 3, 2)), (100, 1024, 3, 64, 192, (1, 6, 1)),
+     (8192, 1024, 4, 96, 1024, None), (8192, 96, 4, 64, 1024, None),
+     (8192, 1024, 4, 256, 1024, None)],
+)  # fmt: skip
+def test_what_the_kernel_that_keeps_products_has_a_tiling_for(
+    rows, size, num_out, rank, columns, wanted
+):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    found = resident.Tiling.of(of(4, size, num_out, rank), of(num_out, 4, rank, columns), rows)
+    assert found == (wanted and resident.Tiling(*wanted))
 
 
 @pytest.mark.parametrize(("size", "rank"), list(itertools.product((128, 256, 512), (16, 96, 128))))

@@ -84,7 +84,7 @@ TABLE = {
     128: Config(
         ForwardTiling(128, 2, row_slots=2),
         Tiling(64, 3, row_slots=2),
-        KeyTiling(64, 2, early=2),
+        KeyTiling(64, 4, early=1, spaces=1),
     ),
     256: Config(ForwardTiling(64, 2), Tiling(32, 2), KeyTiling(32, 1, spaces=1)),
 }
@@ -105,7 +105,10 @@ MASKED = TABLE | {
 
 # Where row tiles are of several blocks, and nothing but lists says which of their pairs attend.
 SMALL = MASKED | {
-    64: dataclasses.replace(MASKED[64], forward=ForwardTiling(128, 3)),
+    64: Config(ForwardTiling(128, 3), Tiling(128, 3, turns=True), MASKED[64].dkv),
+    128: Config(
+        ForwardTiling(128, 2, row_slots=2), Tiling(64, 3), KeyTiling(64, 3, early=2, spaces=1)
+    ),
 }
 
 # Where places say which pairs attend, as in compound attention: short lists, most tiles masked.
