@@ -1,7 +1,6 @@
 """FlashAttention-4's block-sparse kernels for Hopper, from the package flash-attn-4 (CuTe DSL)."""
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 from gpu import replayed_milliseconds
@@ -29,7 +28,6 @@ def flash4_attention(heads: int, length: int, features: int, block: int) -> Call
         none = torch.zeros_like(counts)
         return BlockSparseTensorsTorch(none, indices, counts, indices, block_size=(block, block))
 
-    milliseconds = partial(replayed_milliseconds, calls=10)
     every = np.ones((heads, length // block, length // block), bool)
     with torch.no_grad():
         listed = flash_attn_func(q, k, v, block_sparse_tensors=lists(every))[0]
@@ -47,7 +45,7 @@ def flash4_attention(heads: int, length: int, features: int, block: int) -> Call
             return [x.grad for x in leaves]
 
         with torch.no_grad():
-            alone = milliseconds(lambda: flash_attn_func(q, k, v, **options)[:1])
-        return alone, milliseconds(both)
+            alone = replayed_milliseconds(lambda: flash_attn_func(q, k, v, **options)[:1])
+        return alone, replayed_milliseconds(both)
 
     return measure

@@ -1,7 +1,6 @@
 """PyTorch's FlexAttention with a block mask, tuned as far as it tunes itself: the peer to beat."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,8 +65,6 @@ def _timer(shape: tuple[int, ...]) -> Callable[[Any], tuple[float, float]]:
     attend = torch.compile(flex_attention, mode="max-autotune-no-cudagraphs", dynamic=False)
     q, k, v, do = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
 
-    milliseconds = partial(replayed_milliseconds, calls=10)
-
     def measure(lists) -> tuple[float, float]:
         forward = lambda: [attend(q, k, v, block_mask=lists)]
 
@@ -77,7 +74,7 @@ def _timer(shape: tuple[int, ...]) -> Callable[[Any], tuple[float, float]]:
             return [x.grad for x in leaves]
 
         with torch.no_grad():
-            alone = milliseconds(forward)
-        return alone, milliseconds(both)
+            alone = replayed_milliseconds(forward)
+        return alone, replayed_milliseconds(both)
 
     return measure

@@ -14,6 +14,7 @@ import numpy as np
 
 BLOCK = 128
 UNROLLED = 4  # calls in one step of a loop that is timed
+SPAN, MOST = 0.05, 200  # seconds that are timed at once, and runs that queue up for it
 
 
 def leave_products_to_cublas() -> None:
@@ -99,30 +100,37 @@ def repeated(function, calls: int):
 
 def milliseconds(run, *args, calls: int, repeats: int = 5) -> float:
     """Median over repeats of the time of a call of a `repeated` function."""
-    jax.block_until_ready(run(*args))
-    found = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        found.append((time.perf_counter() - begin) / calls)
-    return 1e3 * float(np.median(found))
+    last = None
+
+    def once():
+        nonlocal last
+        last = run(*args)
+
+    return queued_milliseconds(
+        once, lambda: jax.block_until_ready(last), calls=calls, repeats=repeats
+    )
 
 
-def queued_milliseconds(run, wait, *, calls: int, repeats: int = 5) -> float:
-    """The same for calls that queue up on the device, until `wait()` returns."""
-    run()
-    found = []
-    for _ in range(repeats):
-        wait()
+def queued_milliseconds(run, wait, *, calls: int = 1, repeats: int = 5) -> float:
+    """Median over repeats of the time of a call; `run()` queues `calls` of them on the device.
+
+    As many runs queue up until `wait()` returns as take `SPAN` seconds together: to start one, and
+    to learn that it is done, takes the host up to half a millisecond.
+    """
+
+    def seconds(runs: int) -> float:
         begin = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(runs):
             run()
         wait()
-        found.append((time.perf_counter() - begin) / calls)
-    return 1e3 * float(np.median(found))
+        return time.perf_counter() - begin
+
+    seconds(1)  # warm
+    runs = max(1, min(MOST, int(SPAN / seconds(1))))
+    return 1e3 * float(np.median([seconds(runs) / (runs * calls) for _ in range(repeats)]))
 
 
-def replayed_milliseconds(run, *, calls: int, repeats: int = 5) -> float:
+def replayed_milliseconds(run, *, repeats: int = 5) -> float:
     """The same for calls of PyTorch, recorded once: the host is out of the way, as above.
 
     `run()` returns tensors that it makes, by which it is seen that the recording does the work.
@@ -143,7 +151,7 @@ def replayed_milliseconds(run, *, calls: int, repeats: int = 5) -> float:
     graph.replay()
     if not all(tensor.any() for tensor in made):
         raise RuntimeError("the recorded graph leaves results as they were")
-    return queued_milliseconds(graph.replay, torch.cuda.synchronize, calls=calls, repeats=repeats)
+    return queued_milliseconds(graph.replay, torch.cuda.synchronize, repeats=repeats)
 
 
 def kernels(function, *args, calls: int = 5) -> dict[str, float]:

@@ -119,7 +119,7 @@ def check(ours, portable, given) -> dict[str, float]:
     return found
 
 
-def of_torch(rows: int, features: int, columns: int, sizes, calls: int) -> dict[str, float]:
+def of_torch(rows: int, features: int, columns: int, sizes) -> dict[str, float]:
     """Milliseconds of PyTorch's products of these sizes."""
     draw = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     ends = torch.tensor(np.cumsum(sizes), device="cuda", dtype=torch.int32)
@@ -131,7 +131,7 @@ def of_torch(rows: int, features: int, columns: int, sizes, calls: int) -> dict[
         "dw": lambda: torch._grouped_mm(x.t(), dy, offs=ends),
     }
     wait = torch.cuda.synchronize
-    return {name: queued_milliseconds(run, wait, calls=calls) for name, run in products.items()}
+    return {name: queued_milliseconds(run, wait) for name, run in products.items()}
 
 
 def measure(args, once, loops, features: int, columns: int, groups: int, deal: str) -> dict:
@@ -148,7 +148,7 @@ def measure(args, once, loops, features: int, columns: int, groups: int, deal: s
     if jax.default_backend() == "gpu":
         row["kernels_ms"] = {n: kernels(mine[n], *given[n]) for n in PRODUCTS}
         if hasattr(torch, "_grouped_mm"):
-            row["torch_ms"] = of_torch(args.rows, features, columns, sizes, args.calls)
+            row["torch_ms"] = of_torch(args.rows, features, columns, sizes)
     return row
 
 

@@ -119,7 +119,7 @@ def main() -> None:
         with torch.no_grad():
             try:
                 run = call_of(model, args, length, batch, vocab)
-                found["forward_ms"] = queued_milliseconds(run, wait, calls=3)
+                found["forward_ms"] = queued_milliseconds(run, wait)
             except RuntimeError as error:  # out of memory, or what cannot be compiled
                 found["error"] = f"{type(error).__name__}: {error}"[:500]
         if on_gpu:

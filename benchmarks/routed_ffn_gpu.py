@@ -180,9 +180,9 @@ def of_torch(args, features: int, hidden: int, blocks: int, active: int, frozen:
         forward().backward(dy)
 
     wait = torch.cuda.synchronize
-    row = {"both_ms": queued_milliseconds(step, wait, calls=args.calls)}
+    row = {"both_ms": queued_milliseconds(step, wait)}
     with torch.no_grad():
-        row["forward_ms"] = queued_milliseconds(forward, wait, calls=args.calls)
+        row["forward_ms"] = queued_milliseconds(forward, wait)
     return row
 
 

@@ -82,7 +82,7 @@ def start(pool: ThreadPoolExecutor, model, wrt, x, dy):
     return partial(measure, pool.submit(lowered.compile), tuned, state, rest, x, dy)
 
 
-def measure(future: Future, tuned, state, rest, x, dy, calls: int) -> dict:
+def measure(future: Future, tuned, state, rest, x, dy) -> dict:
     """Time and memory of training steps, and their kernels."""
     compiled = future.result()
     memory, now = compiled.memory_analysis(), [tuned, state]
@@ -92,7 +92,7 @@ def measure(future: Future, tuned, state, rest, x, dy, calls: int) -> dict:
         return now, y, dx
 
     row = {
-        "ms": queued_milliseconds(run, lambda: jax.block_until_ready(now), calls=calls),
+        "ms": queued_milliseconds(run, lambda: jax.block_until_ready(now)),
         "trained": sum(leaf.size for leaf in jax.tree.leaves(now[0])),
         "bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes
         + memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -142,7 +142,6 @@ def main() -> None:
     parser.add_argument("--features", type=int, nargs="+", default=[1024, 2048, 2560, 4096, 5120])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS[:4]))
-    parser.add_argument("--calls", type=int, default=10)
     parser.add_argument("--flash", default="cudnn", choices=["cudnn", "xla"])
     parser.add_argument("--routed", choices=["xla", "pallas"], help="of the routed FFN")
     parser.add_argument("--keep-hidden", action="store_true", help="also with recompute=False")
@@ -151,7 +150,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny block, anywhere")
     args = parser.parse_args()
     if args.quick:
-        quick = {"features": [128], "lengths": [256], "calls": 1, "flash": "xla", "kinds": KINDS,
+        quick = {"features": [128], "lengths": [256], "flash": "xla", "kinds": KINDS,
                  "name": args.name + "_quick"}  # fmt: skip
         vars(args).update(quick)
     done = Rows(args.name, ("features", "length", "way", "attention"), resume=args.resume)
@@ -162,7 +161,7 @@ def main() -> None:
             for way, kind in list(steps):
                 begin = time.perf_counter()
                 key, step = steps.pop((way, kind))  # and with it what it trains
-                row = done.add(begin, key | step(args.calls))
+                row = done.add(begin, key | step())
                 told = f"{row['ms']:7.2f} {row['bytes'] / 2**20:7.0f} {row['trained']:10,}"
                 print(f"{features:5d} {length:6d}  {way:9s}  {kind:12s} {told} {row['took']:7.1f}",
                       flush=True)  # fmt: skip

@@ -115,8 +115,8 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
 
             return lax.fori_loop(0, rounds, go, (read(0), jnp.int32(0)))[1]
 
-        @copying(wg)
-        def copy_tiles():
+        @copying(wg, teams=1)
+        def copy_tiles(_):
             def copy(here, begin):
                 def fill(i, _):
                     slot = ring.slot(begin + i)
@@ -177,7 +177,7 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
     b_tile = (shape.width, DEPTH) if shape.transpose_b else (DEPTH, shape.width)
     lined = lambda *sizes: tiled(sizes, shape.dtype, DEPTH, 2 * DEPTH)
     return launch(
-        kernel, name, thread_blocks, out_type, interpret, cluster=shape.cluster,
+        kernel, name, thread_blocks, out_type, interpret, cluster=shape.cluster, teams=1,
         a_smem=lined(stages, COMPUTE, WG_ROWS, DEPTH),
         b_smem=lined(stages, shape.matrices, *b_tile),
         y_smem=tiled(

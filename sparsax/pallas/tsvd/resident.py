@@ -105,8 +105,8 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
             tile = lax.div(n, jnp.int32(pieces))
             return tile, n - tile * pieces
 
-        @copying(wg)
-        def copy_tiles():
+        @copying(wg, teams=1)
+        def copy_tiles(_):
             def bring(source, step):
                 ring.reserve(step)
                 slot = ring.slot(step)
@@ -203,7 +203,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
     return launch(
         kernel, "tsvd_resident", -(-rows // (ROWS * cluster)) * groups,
         (jax.ShapeDtypeStruct((rows, num_out * columns), x.dtype),), interpret,
-        cluster=cluster,
+        cluster=cluster, teams=1,
         x_smem=shared((COMPUTE, stages, WG_ROWS, DEPTH), x.dtype),
         b_smem=shared((stages, DEPTH, width), x.dtype),
         p_smem=shared((COMPUTE, group, inner, WG_ROWS, DEPTH), x.dtype),
