@@ -17,7 +17,6 @@ from sparsax.pallas.hopper import (
     COMPUTE,
     MATRIX,
     ROW,
-    SHARED_BYTES,
     WG_ROWS,
     Ring,
     copying,
@@ -32,6 +31,7 @@ from sparsax.pallas.hopper import (
 ROWS = COMPUTE * WG_ROWS
 WIDTH = 64  # columns of a tile: a line of shared memory
 TILE = (WG_ROWS, WIDTH)
+SPACE = 12  # row tiles of 16 KiB in shared memory
 START = 2  # steps that a thread block could have made until its first tiles arrive; a guess
 
 
@@ -71,8 +71,7 @@ def _kernel(operands, parts: int, activation: str, needs_hidden: bool, interpret
     dh, many = operands[-1], len(operands)
     (rows, columns), dtype = dh.shape, dh.dtype
     tiles, steps = -(-rows // ROWS), columns // WIDTH // parts
-    slot_bytes = many * ROWS * WIDTH * dtype.itemsize
-    stages = (SHARED_BYTES - 4 * ROWS) // slot_bytes
+    stages = SPACE // many
 
     def kernel(*refs, smem, dc_smem, bars):
         sources, c_ref, (*goals, dc_ref) = refs[:many], refs[many], refs[many + 1 :]
