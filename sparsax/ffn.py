@@ -116,9 +116,18 @@ class _Call(typing.NamedTuple):
         if not self.kernels:
             return xla.ROUTED_PRODUCTS
         kernels = pallas.RoutedKernels(self.activation, self.interpret)
-        # A kernel's result varies over no mesh axis.
-        vary = lambda run: lambda *a, **options: xla.vary_alike((run(*a, **options),), x)[0]
-        return xla.RoutedProducts(vary(kernels.gmm), vary(kernels.tgmm), vary(kernels.hidden))
+
+        def vary(run):
+            """A kernel's results vary over no mesh axis."""
+
+            def varying(*operands, **options):
+                leaves, tree = jax.tree.flatten(run(*operands, **options))
+                return jax.tree.unflatten(tree, xla.vary_alike(tuple(leaves), x))
+
+            return varying
+
+        runs = kernels.gmm, kernels.tgmm, kernels.hidden, kernels.hidden_gradient
+        return xla.RoutedProducts(*map(vary, runs))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

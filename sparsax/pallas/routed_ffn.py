@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from sparsax.pallas import grouped_matmul
 from sparsax.pallas.activations import ACTIVATIONS
 from sparsax.pallas.grouped_matmul import FEATURES, grouped_refusal
+from sparsax.pallas.hidden_gradient import hidden_gradient
 
 
 def routed_refusal(dtype, features: int, unit: int, activation: str) -> str | None:
@@ -60,6 +61,13 @@ class RoutedKernels(NamedTuple):
             terms.append((_whole(low, 1), [_whole(b, 1) for b in bs]))
         return grouped_matmul.gmm_sum(
             terms, sizes, [part.bias for part in parts], activation=self.activation,
+            interpret=self.interpret,
+        )  # fmt: skip
+
+    def hidden_gradient(self, zs, dh, c, *, needs_hidden: bool):
+        """`(c h, gradients of zs, gradient of c)`, of what `gmm` gave for the matrices of x."""
+        return hidden_gradient(
+            zs, dh, c, activation=self.activation, needs_hidden=needs_hidden,
             interpret=self.interpret,
         )  # fmt: skip
 

@@ -24,6 +24,9 @@ class RoutedProducts(typing.NamedTuple):
     tgmm: typing.Callable[..., jax.Array]
     # `(xs, parts, sizes)`: the hidden units of every row in one go; None to compose them.
     hidden: typing.Callable[..., jax.Array] | None = None
+    # `(zs, dh, c, *, needs_hidden)`: c h, gradients of zs and of c in one go, as `_through_hidden`
+    # composes them where this is None.
+    hidden_gradient: typing.Callable[..., tuple] | None = None
 
 
 class Part(typing.NamedTuple):
@@ -89,31 +92,29 @@ def routed_ffn_backward(
 
     With `frozen`, dweights is None. Under jit, what is not asked for is not computed.
     """
-    sizes, dtype, scaled = plan.group_sizes, x.dtype, plan.scaled == "products"
-    gmm, tgmm, _ = products
-    xs, dys, c = take(x, plan.tokens), take(dy, plan.tokens), _sorted(plan)
+    sizes, dtype, gmm, tgmm = plan.group_sizes, x.dtype, products.gmm, products.tgmm
+    xs, dys = take(x, plan.tokens), take(dy, plan.tokens)
     parts = _parts(x, weights, lora, plan)
-    bases, zs = _sums(xs, parts, plan, products, kept)
-    h, pull = jax.vjp(_join(activation), *zs)
-    h, into_h = h.astype(dtype), [(dys, weights.w_down)]
+    into_h = [(dys, weights.w_down)]
     if lora is not None:
         dlow = lora.scale * _matmul("nd,rd->nr", dy, lora.down_b)
         into_h.append((take(dlow.astype(dtype), plan.tokens), lora.down_a))
-    dc, dh = _into_hidden(h, into_h, plan, gmm)
-    dz = pull(dh)
-    if scaled:
-        dc += sum((d * base).sum(1, dtype=jnp.float32) for d, base in zip(dz, bases, strict=True))
-    ds = [d.astype(dtype) for d in dz]
-    dbases = [(c * d).astype(dtype) for d in dz] if scaled else ds
+    if products.hidden_gradient is not None and plan.scaled != "products":
+        zs = _wide(xs, parts, plan, products) if kept is None else kept
+        dh, needed = gmm(into_h, sizes, transpose_w=True), not frozen or lora is not None
+        c_h, ds, dc = products.hidden_gradient(zs, dh, _sorted(plan), needs_hidden=needed)
+        h_low, dbases = c_h, ds
+    else:
+        sums = _sums(xs, parts, plan, products, kept)
+        c_h, h_low, ds, dbases, dc = _through_hidden(sums, into_h, plan, gmm, activation, dtype)
     dx = gmm([(d, part.w) for d, part in zip(dbases, parts, strict=True)], sizes, transpose_w=True)
-    dx, dweights, dlora, c_h = _sum_choices(dx, plan), None, None, (c * h).astype(dtype)
+    dx, dweights, dlora = _sum_choices(dx, plan), None, None
     if not frozen:
         dweights = {"w_down": tgmm(c_h, dys, sizes), "b_down": dy.sum(0, dtype=jnp.float32)}
         for part, d in zip(parts, dbases, strict=True):
             dweights[f"w_{part.name}"] = tgmm(xs, d, sizes)
             dweights[f"b_{part.name}"] = group_sums(d, sizes)
     if lora is not None:
-        h_low = h if scaled else c_h  # so that h itself need not be stored
         low = _sum_choices(gmm([(h_low, lora.down_a)], sizes), plan).astype(dtype)
         dlora = {
             "down_a": tgmm(h_low, into_h[1][0], sizes),
@@ -127,6 +128,26 @@ def routed_ffn_backward(
             dlora[f"{part.name}_b"] = tgmm(part.low, d, sizes)
     dcoefficients = take(dc, plan.position).reshape(plan.coefficients.shape)
     return dx.astype(dtype), _like(weights, dweights), _like(lora, dlora), dcoefficients
+
+
+def _through_hidden(sums, into_h, plan, gmm, activation, dtype):
+    """`(c h, h as LoRA meets it, gradients of z and of the large products, dc)`: rows, all but dc.
+
+    `sums` are those of `_sums`, and `into_h` the terms whose sum is the gradient of h, c apart.
+    """
+    bases, zs = sums
+    c, scaled = _sorted(plan), plan.scaled == "products"
+    h, pull = jax.vjp(_join(activation), *zs)
+    h = h.astype(dtype)
+    dc, dh = _into_hidden(h, into_h, plan, gmm)
+    dz = pull(dh)
+    if scaled:
+        dc += sum((d * base).sum(1, dtype=jnp.float32) for d, base in zip(dz, bases, strict=True))
+    ds = [d.astype(dtype) for d in dz]
+    dbases = [(c * d).astype(dtype) for d in dz] if scaled else ds
+    c_h = (c * h).astype(dtype)
+    # Without scaled products LoRA meets c h, so that h itself need not be stored.
+    return c_h, h if scaled else c_h, ds, dbases, dc
 
 
 def _into_hidden(h, terms, plan, gmm):
