@@ -57,9 +57,7 @@ def resident_tilings(rows: int, u, v) -> list[resident.Tiling]:
         return []
     rank, columns = u.shape[3], v.shape[3]
     groups = [w // rank for w in resident.WIDTHS if w % rank == columns % w == 0]
-    tilings = itertools.starmap(
-        resident.Tiling, itertools.product(groups, (3, 4, 5, 6, 8), (1, 2, 4))
-    )
+    tilings = itertools.starmap(resident.Tiling, itertools.product(groups, (3, 4, 5, 6, 8)))
     return [default] + [
         t for t in tilings if t != default and u.shape[2] % t.group == 0
         and t.bytes(u) <= resident.SHARED_BYTES

@@ -36,12 +36,12 @@ FUSED = (
     Case(name="fused_pair", M=(70,), D=128, F=768, tile=(64, 128), rank=32, dtype="bfloat16"),
 )  # fmt: skip
 
-# What the kernel that keeps `x u` takes: columns of tiles by one and two, clusters of rows or none.
+# What the kernel that keeps `x u` takes.
 RESIDENT = (
     Case(name="resident", M=(330,), D=256, F=512, tile=128, rank=64, dtype="bfloat16"),
     Case(name="resident_gelu", M=(3, 67), D=300, F=400, tile=128, rank=64, dtype="float16",
          activation="gelu"),
-    Case(name="resident_silu", M=(130,), D=256, F=256, tile=(64, 128), rank=128, dtype="bfloat16",
+    Case(name="resident_silu", M=(130,), D=128, F=256, tile=(64, 128), rank=128, dtype="bfloat16",
          activation="silu", bias=False),
     Case(name="resident_odd", M=(70,), D=384, F=576, tile=(128, 192), rank=64, dtype="bfloat16"),
 )  # fmt: skip

@@ -68,23 +68,25 @@ def test_the_kernel_that_keeps_products_lowers(size, rank):
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     run = jax.jit(lambda *a: pallas.tsvd_forward(*a, activation="relu", schedule="resident"))
     with pallas.lowering():
-        arrays = of(300, 4 * size), of(4, size, 4, rank), of(4, 4, rank, size), of(4 * size)
+        arrays = of(300, 2 * size), of(2, size, 4, rank), of(4, 2, rank, size), of(4 * size)
         text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert kernels(text) == {"resident"}
 
 
 @pytest.mark.parametrize(
-    ("rows", "size", "num_out", "rank", "columns", "wanted"),
-    [(8192, 1024, 4, 64, 1024, (2, 3, 2)), (8192, 1024, 4, 128, 1024, (1, 3, 2)),
-     (8192, 128, 4, 64, 1024, (2, 3, 2)), (100, 1024, 3, 64, 192, (1, 6, 1)),
-     (8192, 1024, 4, 96, 1024, None), (8192, 96, 4, 64, 1024, None),
-     (8192, 1024, 4, 256, 1024, None)],
+    ("rows", "num_in", "size", "num_out", "rank", "columns", "wanted"),
+    [(8192, 1, 1024, 8, 64, 1024, (2, 6)), (4096, 1, 1024, 4, 64, 1024, (1, 8)),
+     (4096, 1, 1024, 4, 128, 1024, (1, 6)), (8192, 4, 1024, 4, 64, 1024, (1, 6)),
+     (100, 2, 128, 3, 64, 192, (1, 8)), (8192, 4, 1024, 4, 128, 1024, None),
+     (8192, 1, 1024, 4, 96, 1024, None), (8192, 1, 96, 4, 64, 1024, None),
+     (8192, 1, 1024, 4, 256, 1024, None)],
 )  # fmt: skip
 def test_what_the_kernel_that_keeps_products_has_a_tiling_for(
-    rows, size, num_out, rank, columns, wanted
+    rows, num_in, size, num_out, rank, columns, wanted
 ):
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    found = resident.Tiling.of(of(4, size, num_out, rank), of(num_out, 4, rank, columns), rows)
+    u, v = of(num_in, size, num_out, rank), of(num_out, num_in, rank, columns)
+    found = resident.Tiling.of(u, v, rows)
     assert found == (wanted and resident.Tiling(*wanted))
 
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.activations import ACTIVATIONS
-from sparsax.pallas.grouped_matmul.product import CHUNK, beside, each_chunk, together
+from sparsax.pallas.grouped_matmul.product import CHUNK, each_chunk
 from sparsax.pallas.grouped_matmul.tables import DEPTH
 from sparsax.pallas.hopper import (
     COL,
@@ -26,6 +26,7 @@ from sparsax.pallas.hopper import (
     TensorCores,
     copying,
     launch,
+    multiprocessors,
     per_col,
     shared,
 )
@@ -38,27 +39,28 @@ WIDTHS = (128, 64)  # columns of a tile of either product: the wider the less is
 class Tiling:
     """How a thread block goes about it.
 
-    `group` columns of tiles are its own, whose ranks together are the columns of its products;
-    `cluster` thread blocks with rows of their own share copies of the factors.
+    `group` columns of tiles are its own, whose ranks together are the columns of its products. To
+    share copies of factors with a thread block beside it was measured to be slower.
     """
 
     group: int
     stages: int
-    cluster: int = 1
 
     @staticmethod
-    def of(u, v, rows: int = 2 * ROWS) -> "Tiling | None":
-        """The tiling for factors of such shapes and so many rows, or None where there is none."""
+    def of(u, v, rows: int = ROWS) -> "Tiling | None":
+        """The tiling for factors of such shapes and so many rows, or None where there is none.
+
+        Columns are grouped where that leaves no multiprocessor without work. With five slots for
+        tiles it took 1.1 times as long as with eight, with three 1.5 times.
+        """
         (_, size, num_out, rank), columns = u.shape, v.shape[3]
         if rank % DEPTH or size % DEPTH:
             return None
-        high = -(-rows // ROWS)
-        cluster = 2 if high % 2 == 0 or high > 8 else 1
-        tilings = (
-            Tiling(width // rank, stages, cluster)
-            for width in WIDTHS if width % rank == columns % width == 0
-            for stages in (6, 4, 3) if num_out % (width // rank) == 0
-        )  # fmt: skip
+        items = lambda group: -(-rows // ROWS) * num_out // group
+        groups = [w // rank for w in WIDTHS if w % rank == columns % w == 0]
+        groups = [g for g in groups if num_out % g == 0]
+        busy = [g for g in groups if items(g) >= multiprocessors()]
+        tilings = (Tiling(g, stages) for g in busy or groups[-1:] for stages in (8, 6, 5))
         return next((t for t in tilings if t.bytes(u) <= SHARED_BYTES), None)
 
     def bytes(self, u) -> int:
@@ -83,7 +85,7 @@ def forward(x, u, v, bias, *, activation: str | None, interpret=None, tiling: Ti
 def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
     """A function of `(x, u [I*A, J*R], v [J*I*R, C], [bias])` that returns `y [M, J*C]`."""
     (num_in, size, num_out, rank), columns = u.shape, v.shape[3]
-    group, stages, cluster = tiling.group, tiling.stages, tiling.cluster
+    group, stages = tiling.group, tiling.stages
     width, groups, rows = group * rank, num_out // group, len(x)
     cores = TensorCores(interpret is not None)
     steps, lines = size // DEPTH, rank // DEPTH  # of a row of tiles; of its ranks
@@ -98,7 +100,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
         item, wg = lax.axis_index("item"), lax.axis_index("wg")
         row_tile = lax.div(item, jnp.int32(groups))
         own = lax.rem(item, jnp.int32(groups))  # group of columns of tiles
-        part = (row_tile * cluster + beside(cluster)) * COMPUTE  # of the rows, for each warpgroup
+        part = row_tile * COMPUTE  # of the rows, for each warpgroup
 
         def place(n):
             """Which of its tiles piece n of y belongs to, and where in it."""
@@ -110,8 +112,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
             def bring(source, step):
                 ring.reserve(step)
                 slot = ring.slot(step)
-                goal = b_smem.at[slot]
-                plgpu.copy_gmem_to_smem(source, goal, ring.filled.at[slot], **together(cluster))
+                plgpu.copy_gmem_to_smem(source, b_smem.at[slot], ring.filled.at[slot])
 
             def fill(step, _):
                 slot, depth = x_ring.slot(step), pl.ds(step * DEPTH, DEPTH)
@@ -201,12 +202,12 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
             plgpu.wait_smem_to_gmem(0)
 
     return launch(
-        kernel, "tsvd_resident", -(-rows // (ROWS * cluster)) * groups,
+        kernel, "tsvd_resident", -(-rows // ROWS) * groups,
         (jax.ShapeDtypeStruct((rows, num_out * columns), x.dtype),), interpret,
-        cluster=cluster, teams=1,
+        teams=1,
         x_smem=shared((COMPUTE, stages, WG_ROWS, DEPTH), x.dtype),
         b_smem=shared((stages, DEPTH, width), x.dtype),
         p_smem=shared((COMPUTE, group, inner, WG_ROWS, DEPTH), x.dtype),
         x_bars=Ring.barriers(stages, COMPUTE),
-        b_bars=Ring.barriers(stages, 1, cluster),
+        b_bars=Ring.barriers(stages, 1),
     )  # fmt: skip
