@@ -90,6 +90,11 @@ def rivals(args, groups: int) -> dict[str, dict]:
     return found | ({"ragged_dot": RAGGED_DOT} if groups <= args.ragged_dot_up_to else {})
 
 
+def calls_of(args, who: str) -> int:
+    """How many calls a loop has: of the portable products, slow to compile and to run, one."""
+    return 1 if who == "xla" else args.calls
+
+
 def programs(args, given, groups: int) -> tuple[dict, dict]:
     """Single calls of ours and of the portable products, and everybody's loops of calls, compiled.
 
@@ -102,7 +107,7 @@ def programs(args, given, groups: int) -> tuple[dict, dict]:
             for who in (args.implementation, "xla")
         }
         loops = {
-            who: {n: compile_(repeated(products[n], args.calls), n) for n in PRODUCTS}
+            who: {n: compile_(repeated(products[n], calls_of(args, who)), n) for n in PRODUCTS}
             for who, products in rivals(args, groups).items()
         }
     return jax.tree.map(lambda future: future.result(), (once, loops))
@@ -144,7 +149,8 @@ def measure(args, once, loops, features: int, columns: int, groups: int, deal: s
         "sizes": deal, "errors": check(mine, once["xla"], given),
     }  # fmt: skip
     for who, run in loops.items():
-        row[f"{who}_ms"] = {n: milliseconds(run[n], *given[n], calls=args.calls) for n in run}
+        calls = calls_of(args, who)
+        row[f"{who}_ms"] = {n: milliseconds(run[n], *given[n], calls=calls) for n in run}
     if jax.default_backend() == "gpu":
         row["kernels_ms"] = {n: kernels(mine[n], *given[n]) for n in PRODUCTS}
         if hasattr(torch, "_grouped_mm"):

@@ -106,6 +106,7 @@ class Programs:
 
     forward_args: tuple
     both_args: tuple
+    calls: int  # of a loop
     once: Future
     forward: Future
     both: Future
@@ -116,7 +117,7 @@ class Programs:
         forward_args, both_args = (x, tuned, fixed), (x, dy, tuned, fixed)
         compile_ = lambda function, args: pool.submit(function.lower(*args).compile)
         return cls(
-            forward_args, both_args,
+            forward_args, both_args, calls,
             compile_(jax.jit(both(layer)), both_args),
             compile_(repeated(layer, calls), forward_args),
             compile_(repeated(both(layer), calls), both_args),
@@ -126,9 +127,9 @@ class Programs:
         """Of both passes."""
         return self.once.result()(*self.both_args)
 
-    def time(self, calls: int) -> dict:
+    def time(self) -> dict:
         """Milliseconds of forward alone and of both passes, bytes of both."""
-        memory = self.once.result().memory_analysis()
+        memory, calls = self.once.result().memory_analysis(), self.calls
         return {
             "forward_ms": milliseconds(self.forward.result(), *self.forward_args, calls=calls),
             "both_ms": milliseconds(self.both.result(), *self.both_args, calls=calls),
@@ -201,10 +202,11 @@ def measure(args, features: int, hidden: int, blocks: int, active: int) -> list[
         for way, parts in parameters(args, features, hidden, blocks).items():
             for name, layer in layers.items():
                 given = (of("dense" if name == "dense" else "routed", part) for part in parts)
-                programs[way, name] = Programs.start(pool, layer, x, dy, *given, args.calls)
+                calls = 1 if name == "xla" else args.calls  # slow enough, and slow to compile
+                programs[way, name] = Programs.start(pool, layer, x, dy, *given, calls)
     rows = []
     for way in ("trained", "lora"):
-        beside = {name: programs[way, name].time(args.calls) for name in ("dense", "xla")}
+        beside = {name: programs[way, name].time() for name in ("dense", "xla")}
         if args.torch:
             beside |= try_torch(args, features, hidden, blocks, active, way == "lora")
         for kind, recompute in kinds.items():
@@ -213,7 +215,7 @@ def measure(args, features: int, hidden: int, blocks: int, active: int) -> list[
                 "features": features, "hidden": hidden, "blocks": blocks, "active": active,
                 "tokens": args.tokens, "gated": args.gated, "way": way, "recompute": recompute,
                 "error": check(mine.results(), portable.results()),
-                "routed": mine.time(args.calls), **beside,
+                "routed": mine.time(), **beside,
             }  # fmt: skip
             if jax.default_backend() == "gpu":
                 row["kernels_ms"] = kernels(mine.once.result(), *mine.both_args)
