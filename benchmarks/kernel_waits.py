@@ -3,6 +3,10 @@
 from report import number, table
 
 KERNELS = {
+    "FlashAttentionForward": "forward",
+    "BackwardPreprocess": "before the backward",
+    "BackwardPostprocess": "after the backward",
+    "FlashAttentionBackward": "backward",
     "forward": "forward",
     "fprop": "forward",
     "dq": "dQ",

@@ -5,9 +5,10 @@
 Starts itself under `ncu`, which has to be on the PATH, once for each case, and leaves the clocks
 alone. bfloat16. `spion`: 16 heads of 64 and of 128 features, 16,384 tokens, a band and full columns
 of blocks of 128, density .1, as in attention_gpu.py; `few`: its band. `qds`, `longformer`:
-compound attention as in compound_gpu.py. Dense cuDNN stands beside each. A row holds, for one
-launch, microseconds, what share of its peak each pipe and memory reached while the kernel ran, and
-how many cycles a warp waits for each reason from one of its instructions to the next.
+compound attention as in compound_gpu.py. Dense cuDNN stands beside each; `--only 'flash4 64'
+'flash4 128'`: FlashAttention-4's kernels on `spion`'s lists. A row holds, for one launch,
+microseconds, what share of its peak each pipe and memory reached while the kernel ran, and how many
+cycles a warp waits for each reason from one of its instructions to the next.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import sparsax
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes share the GPU
 KERNELS = "block_sparse_(forward|dq|dkv)|sdpa|flash"
+FLASH4 = {"flash4 64": 64, "flash4 128": 128}  # cases that need its package: features
 SECTIONS = "SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "LaunchStats"
 PIPE = re.compile(r"sm__(inst_executed_)?pipe_(\w+?)(?:_cycles_active)?\.avg\.pct_of_peak_\w+")
 STALL = re.compile(r"smsp__average_warps?_latency_issue_stalled_(\w+)\.ratio|"
@@ -69,6 +71,15 @@ def cases(quick: bool):
 
 def run(name: str, quick: bool) -> None:
     """One forward and backward pass, in the process that is looked at."""
+    if name in FLASH4:
+        import flash4
+        import torch
+
+        length = 1024 if quick else 16384
+        mask = spion_like(16, length // BLOCK, 0.5 if quick else 0.1)
+        flash4.both(flash4.draw(16, length, FLASH4[name]), mask, BLOCK)()
+        torch.cuda.synchronize()
+        return
     attend, shape, operands = cases(quick)[name]
     arrays = jax.random.normal(jax.random.key(0), (4, *shape), jnp.bfloat16)
     jax.block_until_ready(jax.jit(both(attend))(*arrays, *operands))
