@@ -127,7 +127,7 @@ class _Call(typing.NamedTuple):
             return varying
 
         runs = kernels.gmm, kernels.tgmm, kernels.hidden, kernels.hidden_gradient
-        return xla.RoutedProducts(*map(vary, runs))
+        return xla.RoutedProducts(*map(vary, runs), sums_terms=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

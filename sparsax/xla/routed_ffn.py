@@ -27,6 +27,8 @@ class RoutedProducts(typing.NamedTuple):
     # `(zs, dh, c, *, needs_hidden)`: c h, gradients of zs and of c in one go, as `_through_hidden`
     # composes them where this is None.
     hidden_gradient: typing.Callable[..., tuple] | None = None
+    # Whether the terms of a sum make one kernel: then LoRA's last product is best one of them.
+    sums_terms: bool = False
 
 
 class Part(typing.NamedTuple):
@@ -75,11 +77,17 @@ def routed_ffn_forward(
     else:
         _, zs = _sums(xs, parts, plan, products, kept)
         h = _join(activation)(*zs).astype(x.dtype)
-    times = lambda w: products.gmm([(h, w)], plan.group_sizes)
-    y = _sum_choices(times(weights.w_down), plan, plan.coefficients)
-    if lora is not None:
+    times = lambda *terms: products.gmm(terms, plan.group_sizes)
+    if lora is None:
+        y = _sum_choices(times((h, weights.w_down)), plan, plan.coefficients)
+    elif products.sums_terms and plan.scaled == "output":
+        low = times((h, lora.down_a))
+        rows = times((h, weights.w_down), _shared(lora.scale, low, lora.down_b, plan))
+        y = _sum_choices(rows, plan, plan.coefficients)
+    else:
         c = plan.coefficients if plan.scaled == "output" else None
-        low = _sum_choices(times(lora.down_a), plan, c).astype(x.dtype)
+        low = _sum_choices(times((h, lora.down_a)), plan, c).astype(x.dtype)
+        y = _sum_choices(times((h, weights.w_down)), plan, plan.coefficients)
         y += lora.scale * _matmul("nr,rd->nd", low, lora.down_b)
     y = y if weights.b_down is None else y + weights.b_down.astype(jnp.float32)
     return jnp.where(plan.mask()[:, None], y, 0.0).astype(x.dtype)
@@ -107,8 +115,18 @@ def routed_ffn_backward(
     else:
         sums = _sums(xs, parts, plan, products, kept)
         c_h, h_low, ds, dbases, dc = _through_hidden(sums, into_h, plan, gmm, activation, dtype)
-    dx = gmm([(d, part.w) for d, part in zip(dbases, parts, strict=True)], sizes, transpose_w=True)
-    dx, dweights, dlora = _sum_choices(dx, plan), None, None
+    into_x = [(d, part.w) for d, part in zip(dbases, parts, strict=True)]
+    merged = products.sums_terms and plan.scaled == "output"
+    dlows = []  # of `low` of each part
+    if lora is not None:
+        dlows = [gmm([(d, p.b)], sizes, transpose_w=True) for d, p in zip(ds, parts, strict=True)]
+        if merged:
+            into_x += [
+                _shared(lora.scale, dlow, getattr(lora, f"{part.name}_a"), plan)
+                for dlow, part in zip(dlows, parts, strict=True)
+            ]
+    dx = _sum_choices(gmm(into_x, sizes, transpose_w=True), plan)
+    dweights = dlora = None
     if not frozen:
         dweights = {"w_down": tgmm(c_h, dys, sizes), "b_down": dy.sum(0, dtype=jnp.float32)}
         for part, d in zip(parts, dbases, strict=True):
@@ -120,10 +138,10 @@ def routed_ffn_backward(
             "down_a": tgmm(h_low, into_h[1][0], sizes),
             "down_b": lora.scale * _matmul("nr,nd->rd", low, dy),
         }
-        for part, d in zip(parts, ds, strict=True):
-            du = lora.scale * _sum_choices(gmm([(d, part.b)], sizes, transpose_w=True), plan)
-            du = du.astype(dtype)
-            dx += _matmul("nr,dr->nd", du, getattr(lora, f"{part.name}_a"))
+        for part, d, dlow in zip(parts, ds, dlows, strict=True):
+            du = (lora.scale * _sum_choices(dlow, plan)).astype(dtype)
+            if not merged:
+                dx += _matmul("nr,dr->nd", du, getattr(lora, f"{part.name}_a"))
             dlora[f"{part.name}_a"] = _matmul("nd,nr->dr", x, du)
             dlora[f"{part.name}_b"] = tgmm(part.low, d, sizes)
     dcoefficients = take(dc, plan.position).reshape(plan.coefficients.shape)
@@ -195,6 +213,12 @@ def _sums(xs, parts, plan, products: RoutedProducts, kept=None):
         low = (products.gmm([term], plan.group_sizes) for term in part.terms(xs)[1:])
         zs.append(sum(low, c * base))
     return wide, zs
+
+
+def _shared(scale, low, matrix, plan):
+    """The term `scale * low matrix` of a sum over rows, the matrix the same for every block."""
+    copies = jnp.broadcast_to(matrix, (len(plan.group_sizes), *matrix.shape))
+    return (scale * low).astype(low.dtype), copies
 
 
 def _join(activation):
