@@ -205,8 +205,10 @@ def main() -> None:
         "# Block-sparse attention on a GPU",
         "Written by `benchmarks/report_attention.py` from " + origin(args.results.stem, record),
         f"bfloat16, batch 1, {heads} heads, patterns per head in blocks of 128. TFLOP/s count the "
-        "listed blocks alone. `x dense` and `x Flex` say how many times as long dense cuDNN and "
-        "PyTorch's FlexAttention (autotuned, the same block mask) take; a dash was not measured.",
+        "listed blocks alone. `x dense`, `x Flex` and `x FA4` say how many times as long dense cuDNN, "
+        "PyTorch's FlexAttention (autotuned, the same block mask) and FlashAttention-4's "
+        "block-sparse kernels (the same lists) take, the last two replayed from CUDA graphs, so "
+        "that no time is the host's; a dash was not measured.",
         "[What these tables say](attention_findings.md).",
         f"![Milliseconds over length at density {SHARE}](attention_gpu.png)",
         f"## From which length on sparse is faster, at density {SHARE}", crossovers(rows),

@@ -23,7 +23,9 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
     """Kernels traced in this context run on the CPU, warpgroup by warpgroup: slow, for tests.
 
     jit keeps what it traced, so call a freshly jitted function. The simulated warpgroups wait for
-    each other in threads of the CPU client: give it as many devices (`jax_num_cpu_devices`).
+    each other in threads of the CPU client: give it as many devices (`jax_num_cpu_devices`). Of its
+    pool each that waits holds a thread, and the caller another: on a machine of few cores they can
+    wait for ever unless the environment has `NPROC=8`, or more, before JAX starts.
 
     Args:
         detect_races: also record races between warpgroups.
