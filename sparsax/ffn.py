@@ -5,7 +5,6 @@ import typing
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparsax import checks, pallas, reference, xla
@@ -87,8 +86,7 @@ def routed_ffn(
     flat = dataclasses.replace(
         plan, blocks=plan.blocks.reshape(-1, plan.active), coefficients=coefficients
     )
-    # What a padded token holds must not reach a gradient, not even as 0 * NaN.
-    x = jnp.where(flat.mask()[:, None], x.reshape(-1, shape[-1]), 0)
+    x = flat.zeroed(x.reshape(-1, shape[-1]))
     if chosen == "reference":
         y = reference.routed_ffn(
             x, weights, lora, flat.blocks, coefficients, scaled=plan.scaled,
@@ -152,7 +150,7 @@ def _routed_fwd(call, x, weights, lora, plan):
 
 def _routed_bwd(call, residuals, dy):
     x, weights, lora, plan, kept = residuals
-    dy = jnp.where(plan.mask()[:, None], dy, 0)
+    dy = plan.zeroed(dy)
     dx, dweights, dlora, dcoefficients = xla.routed_ffn_backward(
         x, weights, lora, plan, dy, call.products(x), activation=ACTIVATIONS[call.activation],
         frozen=call.frozen, kept=kept,

@@ -343,3 +343,10 @@ def test_refusals(name):
     call, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_without_a_mask_nothing_is_masked():
+    p, x = probabilities(5, 4), jnp.ones((5, 3))
+    assert route_top_k(p, 2).zeroed(x) is x
+    masked = route_top_k(p, 2, mask=jnp.arange(5) < 3)
+    assert masked.zeroed(x.at[4].set(jnp.nan)).tolist() == [[1] * 3] * 3 + [[0] * 3] * 2

@@ -36,6 +36,8 @@ class RoutingPlan:
         group_sizes: choices of each block, int32 `[G]`; masked tokens count nowhere.
         scaled: what a coefficient multiplies: the "output" of a block, or the "products" with both
             of its matrices, LoRA left out (`coefficient="spt"`).
+        masked: whether there may be tokens that go through no block; static, for where there are
+            none nothing need be masked.
 
     Source: Gui et al., "SPT: Fine-Tuning Transformer-based Language Models Efficiently with
     Sparsification" (arXiv 2312.10365), section 4.2.
@@ -55,6 +57,7 @@ class RoutingPlan:
     position: Int[Array, " M"]
     group_sizes: Int[Array, " G"]
     scaled: Scaled = dataclasses.field(default="output", metadata={"static": True})
+    masked: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def active(self) -> int:
@@ -74,6 +77,10 @@ class RoutingPlan:
     def mask(self) -> Bool[Array, "*B"]:
         """False for tokens that go through no block."""
         return self.blocks[..., 0] < self.num_blocks
+
+    def zeroed(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """With zeros for those tokens: what they hold reaches nothing, not even as 0 * NaN."""
+        return jnp.where(self.mask()[..., None], x, 0) if self.masked else x
 
 
 def route_top_k(
@@ -143,7 +150,7 @@ def route_top_k(
     )
     return RoutingPlan(
         blocks.reshape(*shape, k), coefficients, order, position, sizes[:num_blocks],
-        scaled="products" if coefficient == "spt" else "output",
+        scaled="products" if coefficient == "spt" else "output", masked=mask is not None,
     )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def routed_ffn_forward(
         y = _sum_choices(times((h, weights.w_down)), plan, plan.coefficients)
         y += lora.scale * _matmul("nr,rd->nd", low, lora.down_b)
     y = y if weights.b_down is None else y + weights.b_down.astype(jnp.float32)
-    return jnp.where(plan.mask()[:, None], y, 0.0).astype(x.dtype)
+    return plan.zeroed(y).astype(x.dtype)
 
 
 def routed_ffn_backward(
