@@ -114,8 +114,8 @@ def milliseconds(run, *args, calls: int, repeats: int = 5) -> float:
 def queued_milliseconds(run, wait, *, calls: int = 1, repeats: int = 5) -> float:
     """Median over repeats of the time of a call; `run()` queues `calls` of them on the device.
 
-    As many runs queue up until `wait()` returns as take `SPAN` seconds together: to start one, and
-    to learn that it is done, takes the host up to half a millisecond.
+    So many runs queue up until `wait()` returns as take up to `SPAN` seconds together: to start
+    one, and to learn that it is done, takes the host up to half a millisecond.
     """
 
     def seconds(runs: int) -> float:
@@ -131,7 +131,7 @@ def queued_milliseconds(run, wait, *, calls: int = 1, repeats: int = 5) -> float
 
 
 def replayed_milliseconds(run, *, repeats: int = 5) -> float:
-    """The same for calls of PyTorch, recorded once: the host is out of the way, as above.
+    """The same for calls of PyTorch, recorded as a graph: the host is out of the way, as above.
 
     `run()` returns tensors that it makes, by which it is seen that the recording does the work.
     """
@@ -145,13 +145,16 @@ def replayed_milliseconds(run, *, repeats: int = 5) -> float:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        made = run()
+        for _ in range(UNROLLED):
+            made = run()
     for tensor in made:
         tensor.zero_()
     graph.replay()
     if not all(tensor.any() for tensor in made):
         raise RuntimeError("the recorded graph leaves results as they were")
-    return queued_milliseconds(graph.replay, torch.cuda.synchronize, repeats=repeats)
+    return queued_milliseconds(
+        graph.replay, torch.cuda.synchronize, calls=UNROLLED, repeats=repeats
+    )
 
 
 def kernels(function, *args, calls: int = 5) -> dict[str, float]:

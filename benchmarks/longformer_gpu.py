@@ -123,9 +123,8 @@ def time_model(kind: str, model: Longformer, size: dict, length: int, batch: int
     """Milliseconds and bytes of one of our models."""
     tokens, chosen = draw(size, length, batch)
     graph, state = nnx.split(with_attention(kind, model, size, chosen, args))
-    # Numbers, because `repeated` adds 0 to what is no float.
-    run = lambda tokens, chosen, state: nnx.merge(graph, state)(tokens, global_mask=chosen > 0)
-    arguments = tokens, chosen.astype(jnp.int32), state
+    run = lambda tokens, chosen, state: nnx.merge(graph, state)(tokens, global_mask=chosen)
+    arguments = tokens, chosen, state
     calls = 2 if args.quick else max(2, min(20, 2**17 // (length * batch)))
     program = repeated(run, calls).lower(*arguments).compile()
     memory = program.memory_analysis()

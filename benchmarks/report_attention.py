@@ -1,6 +1,6 @@
 """Writes docs/attention.md and docs/attention_gpu.png from what `attention_gpu.py` measured.
 
-    python benchmarks/attention_gpu.py --flex 16384        # on the GPU: results/attention_gpu.json
+    python benchmarks/attention_gpu.py --flex 16384 --flash4 16384         # on the GPU
     python benchmarks/score_map_gpu.py                     # on the GPU: results/score_map_gpu.json
     python benchmarks/profile_gpu.py                       # on the GPU: results/profile_gpu.json
     python benchmarks/training_curves_gpu.py --data FOLDER # on the GPU: training_curves_text.json
@@ -205,10 +205,10 @@ def main() -> None:
         "# Block-sparse attention on a GPU",
         "Written by `benchmarks/report_attention.py` from " + origin(args.results.stem, record),
         f"bfloat16, batch 1, {heads} heads, patterns per head in blocks of 128. TFLOP/s count the "
-        "listed blocks alone. `x dense`, `x Flex` and `x FA4` say how many times as long dense cuDNN, "
-        "PyTorch's FlexAttention (autotuned, the same block mask) and FlashAttention-4's "
+        "listed blocks alone. `x dense`, `x Flex` and `x FA4` say how many times as long dense "
+        "cuDNN, PyTorch's FlexAttention (autotuned, the same block mask) and FlashAttention-4's "
         "block-sparse kernels (the same lists) take, the last two replayed from CUDA graphs, so "
-        "that no time is the host's; a dash was not measured.",
+        "that none of it is the host's; a dash was not measured.",
         "[What these tables say](attention_findings.md).",
         f"![Milliseconds over length at density {SHARE}](attention_gpu.png)",
         f"## From which length on sparse is faster, at density {SHARE}", crossovers(rows),

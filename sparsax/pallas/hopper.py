@@ -353,10 +353,12 @@ def launch(
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             # To be safe, Pallas gathers the warps of a warpgroup around whatever touches shared
-            # memory. It need not where one warp copies: what computes writes there between
-            # `wait_smem_to_gmem` and `commit_smem`, which gather the warps; and what copies bring
-            # is read between two barriers, at the second of which all threads arrive. Four warps
-            # that copy would drift apart, until one missed a barrier's phase.
+            # memory. It need not where one warp copies: what computes writes there what leaves, or
+            # what it alone multiplies, and `wait_smem_to_gmem` before and `commit_smem` after
+            # gather the warps; and what copies bring is read between two barriers, at the second of
+            # which all threads arrive (in a cluster one warp does, for matrix products, which are
+            # the whole warpgroup's). Four warps that copy would drift apart, until one missed a
+            # barrier's phase.
             unsafe_no_auto_barriers=teams is not None,
         ),
         **clusters,

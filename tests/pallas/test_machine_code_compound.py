@@ -22,6 +22,7 @@ SPILLS = {
 # Without a rule.
 OF_BITS = {
     32: {"dkv": 16},
+    64: {"dq": 68},
     96: {"forward": 4, "dkv": 52},
     128: {"forward": 4, "dq": 4, "dkv": 244},
 }

@@ -34,10 +34,21 @@ LISTED = Places(bands=(), causal=False, packed=True, blocks=True)
         ("PLACED", problem(rule=LISTED), True),
         ("MASKED", problem(rule=None), True),
         ("MASKED", problem(rule=None, ids=False, right=0), True),
+        ("MASKED", problem(rule=None, ids=False, block_q=128, block_kv=128), True),
         ("SMALL", problem(rule=None, ids=False), True),
         ("TABLE", problem(rule=None), False),
     ],
-    ids=["one range", "no rows", "padded rows", "blocks", "ids", "causal", "lists", "all"],
+    ids=[
+        "one range",
+        "no rows",
+        "padded rows",
+        "blocks",
+        "ids",
+        "causal",
+        "ragged",
+        "lists",
+        "all",
+    ],
 )
 def test_a_problem_gets_the_table_of_its_mask(table, x, masked, features):
     x = dataclasses.replace(x, H=features)

@@ -3,6 +3,7 @@
 What launches kernels is jitted, so that equal layers of a model are traced and lowered once.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -95,7 +96,12 @@ def run_backward(
     `expected` is that of the lists by query and by key; the gradients of global rows go to
     `listed_rows` of the queries', too.
     """
-    config = config or best_config(problem, _masked(problem, by_query))
+    if config is None:
+        of_rows = _masked(problem, by_query)
+        of_columns = of_rows or by_key.bits is not None
+        config = dataclasses.replace(
+            best_config(problem, of_rows), dkv=best_config(problem, of_columns).dkv
+        )
     arrays = q, k, v, o, lse, do, dlse, listed_rows
     return _run_backward(problem, config, interpret, expected, by_query, by_key, ids, *arrays)
 

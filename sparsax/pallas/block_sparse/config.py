@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from sparsax.pallas.block_sparse.problem import Problem
+from sparsax.pallas.block_sparse.tiles import ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,8 @@ MASKED = TABLE | {
     ),
 }
 
-# Where row tiles are of several blocks, and nothing but lists says which of their pairs attend.
+# Where row tiles are of several blocks, and lists alone, but for the ends of sequences, say which
+# of their pairs attend. Timed with blocks of 64.
 SMALL = MASKED | {
     64: Config(ForwardTiling(128, 3), Tiling(128, 3, turns=True), MASKED[64].dkv),
     128: Config(
@@ -144,6 +146,7 @@ def best_config(problem: Problem, masked: bool) -> Config:
         return MASKED[problem.H] if gathers else config
     if problem.rule is None:
         asked = problem.ids or (problem.left, problem.right) != (None, None)
-        return (MASKED if asked else SMALL)[problem.H]
+        is_small = min(problem.block_q, problem.block_kv) < ROWS
+        return (SMALL if is_small and not asked else MASKED)[problem.H]
     asked = problem.rows_ask and not problem.whole_rows
     return (RANGED if problem.rule.says_all and not asked else PLACED)[problem.H]
