@@ -180,7 +180,8 @@ def start(pool, args, layer: str, rows: int, ratio: float) -> dict:
     if backward:
         found["both_ms"] = {"dense": timed(dense, gradients(jnp.matmul))}
     for name, (make, product) in ways(args, ratio, k, n).items():
-        shapes = (jax.eval_shape(partial(make, *shape, 2)) for shape in ((k, n), (n, k)))
+        sizes = ((k, n), (n, k)) if rows <= args.chain else ((k, n),)
+        shapes = (jax.eval_shape(partial(make, *size, 2)) for size in sizes)
         if not all(takes(name, rows, weights) for weights in shapes):
             continue
         if name.split()[0] in KERNELS:

@@ -218,6 +218,19 @@ def test_the_schedule_that_was_measured_to_be_faster_is_chosen(
 
 
 @pytest.mark.parametrize(
+    ("rows", "num_in", "num_out", "rank", "schedule"),
+    [(8192, 1, 4, 64, "resident"), (4096, 1, 4, 128, "resident"), (4096, 1, 3, 64, "products"),
+     (2048, 1, 8, 64, "products"), (8192, 4, 4, 64, "products"), (8192, 1, 4, 96, "products")],
+)  # fmt: skip
+def test_the_kernel_that_keeps_products_is_chosen_where_it_keeps_little(
+    rows, num_in, num_out, rank, schedule
+):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    u, v = of(num_in, 1024, num_out, rank), of(num_out, num_in, rank, 1024)
+    assert tsvd.best_schedule(rows, u, v) == schedule
+
+
+@pytest.mark.parametrize(
     ("batch", "rows", "columns", "wanted"),
     [(16, 8192, 512, (256, 2)), (16, 16, 512, (64, 1)), (4, 1024, 320, (64, 2)),
      (1, 128, 64, (64, 1)), (16, 8192, 192, (64, 2)), (3, 384, 256, (64, 1))],

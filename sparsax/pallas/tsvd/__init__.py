@@ -1,4 +1,4 @@
-"""Products with tiled factors: two batched matmuls, one fused kernel, or one for few rows."""
+"""Products with tiled factors: two batched matmuls, two fused kernels, or one for few rows."""
 
 import functools
 import typing
@@ -12,6 +12,7 @@ from sparsax.pallas.tsvd import fused, products, resident, split
 Schedule = typing.Literal["fused", "products", "resident", "split"]
 MANY, LARGE = 4096, 3 * 2**19  # rows and numbers of a matrix from which on the products are ahead
 FUSED_FROM, FUSED_TILES = 512, 64  # the same of the fused kernel: rows, and tiles of its output
+RESIDENT_TILES = 128  # tiles of its output, rows by 128, from which on "resident" has a GPU to fill
 FEW, FEW_TILES, FEW_RANKS = 16, 64, 27 * 64  # rows at most; tiles, or their ranks in all, at least
 ALIGNMENT = 64, 16  # what divides tiles and ranks: a chunk's columns, a matrix instruction's depth
 
@@ -74,15 +75,23 @@ def best_schedule(rows: int, u, v) -> Schedule:
     and its tiles, J for every 128 rows, fill a quarter of the GPU. In layers of GPT-2 and Llama-7B
     with 4,096 and 8,192 rows and tiles of 256 it took .6 to 1.1 of the products' time at a rank of
     64 on an H100 and an H200, and .75 to 1.25 at 32.
+
+    The one that keeps `x u` is, where there is one row of tiles, many rows of x and tiles enough:
+    with tiles of 1,024 at 8x it took .79 and .93 of the products' time for 4,096 and 8,192 rows of
+    1,024 x 4,096 on an H200. With four rows of tiles it keeps four times as much, leaves too few
+    slots for what is on its way, and takes longer than they do.
     """
     if few_are_faster(rows, u, v):
         return "split"
+    full = rows >= MANY and _tiles(rows, u) >= RESIDENT_TILES
+    if u.shape[0] == 1 and full and resident.Tiling.of(u, v, rows) is not None:
+        return "resident"
     wide = u.shape[3] >= 64 and _tiles(rows, u) >= 32
     return "fused" if wide and fused.Tiling.of(u, v) is not None else "products"
 
 
 def _tiles(rows: int, u) -> int:
-    """How many tiles of the output the fused kernel computes."""
+    """How many tiles of the output the fused kernels compute."""
     return -(-rows // fused.ROWS) * u.shape[2]
 
 
