@@ -37,7 +37,8 @@ def origin(name: str, record: dict) -> str:
             versions[package].append(version)
     commands = " and ".join(f"`{command}`" for command in told("command"))
     used = ", ".join(f"{package} {' and '.join(found)}" for package, found in versions.items())
+    note = f" The file holds {record['note']}." if "note" in record else ""
     return (
         f"`benchmarks/results/{name}.json`: {commands} on one {record['device']}, commit "
-        f"{' and '.join(told('commit'))}, {used}."
+        f"{' and '.join(told('commit'))}, {used}.{note}"
     )

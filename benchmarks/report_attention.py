@@ -227,6 +227,11 @@ def main() -> None:
             origin("profile_gpu", profile), kernel_waits.TEXT,
             kernel_waits.waits(profile["rows"]), kernel_waits.SAID,
         ]  # fmt: skip
+    if beside := read("profile_flash4", args.results.parent):
+        text += [
+            origin("profile_flash4", beside), kernel_waits.FLASH4,
+            kernel_waits.waits(beside["rows"]), kernel_waits.SAID_OF_FLASH4,
+        ]  # fmt: skip
     if curves := read("training_curves_text", args.results.parent):
         text += [
             "## Training on the kernels",
