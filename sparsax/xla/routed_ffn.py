@@ -217,8 +217,8 @@ def _sums(xs, parts, plan, products: RoutedProducts, kept=None):
 
 def _shared(scale, low, matrix, plan):
     """The term `scale * low matrix` of a sum over rows, the matrix the same for every block."""
-    copies = jnp.broadcast_to(matrix, (len(plan.group_sizes), *matrix.shape))
-    return (scale * low).astype(low.dtype), copies
+    matrix = (scale * matrix).astype(low.dtype)
+    return low, jnp.broadcast_to(matrix, (len(plan.group_sizes), *matrix.shape))
 
 
 def _join(activation):
