@@ -17,13 +17,14 @@ AIMED = (
 )
 MISSES = "Why the misses miss, on the H200:"
 MANY = (
-    "With 4,096 rows and more all aims are reached since runs queue up: before, a loop's step and "
-    "a run's start, up to .02 ms, were in the times of dense and factored products alike, which "
-    "hides what a factored one gains. The kernel that keeps `x u` in shared memory is the fastest "
-    "way at 8x of 1,024 x 4,096; at 4x it was not timed in a loop, and by the profiler alone takes "
-    ".018 ms of 4,096 rows, its tuner says. With four rows of tiles (4,096 x 4,096) it has to keep "
-    "four times as much, is left with slots for few tiles on their way, and loses to the two "
-    "products."
+    "With 4,096 rows and more all aims are reached since runs queue up: before, a loop's step "
+    "and a run's start, up to .02 ms, were in the times of dense and factored products alike, "
+    "which hides what a factored one gains. The kernel that keeps `x u` in shared memory is the"
+    " fastest way at 8x of 1,024 x 4,096; at 4x it was not timed in a loop, and takes .018 ms "
+    "of 4,096 rows by the profiler (`benchmarks/results/tune_tsvd_gpu.json`; `cluster` was an "
+    "option then, now it is 1). With four rows of tiles (4,096 x 4,096) it has to keep four "
+    "times as much, is left with slots for few tiles on their way, and loses: .088 ms at 8x by "
+    "the profiler, where the two products take .072 in a loop."
 )
 MEDIUM = (
     "GPT-2 medium's dense row takes 13.3 us, more than Llama's with four times the bytes, where "

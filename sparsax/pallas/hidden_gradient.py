@@ -17,18 +17,19 @@ from sparsax.pallas.hopper import (
     COMPUTE,
     MATRIX,
     ROW,
+    ROWS,
     WG_ROWS,
     Ring,
     copying,
     folded,
     launch,
     multiprocessors,
+    padded_rows,
     per_row,
     shared,
     zeros,
 )
 
-ROWS = COMPUTE * WG_ROWS
 WIDTH = 64  # columns of a tile: a line of shared memory
 TILE = (WG_ROWS, WIDTH)
 SPACE = 12  # row tiles of 16 KiB in shared memory
@@ -44,8 +45,7 @@ def hidden_gradient(zs, dh, c, *, activation: str, needs_hidden: bool = True, in
     the others, also where it is a factor. Unless it is needed, c * h is None.
     """
     rows, columns = dh.shape
-    more = max(-rows % 8, WG_ROWS - rows)  # copies take slabs of 8 rows
-    operands = [jnp.pad(x, ((0, more), (0, 0))) for x in (*zs, dh)]
+    operands = [padded_rows(x) for x in (*zs, dh)]
     tiles = -(-len(operands[0]) // ROWS)
     c = jnp.pad(c.reshape(-1), (0, tiles * ROWS - rows))
     parts = split(tiles, columns // WIDTH)

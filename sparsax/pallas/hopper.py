@@ -22,6 +22,8 @@ from jax.interpreters import batching, mlir
 COMPUTE = 2  # warpgroups that multiply; a team of them shares tiles
 REGISTERS = {1: (40, 232), 2: (24, 112)}  # by teams: of a thread that copies, of one that computes
 WG_ROWS = 64  # rows of one of them
+ROWS = COMPUTE * WG_ROWS  # of a team
+SLAB = 8  # rows that copies of tiles move whole
 ACC = plgpu.WGMMAAccumulatorRef
 LOG2E = math.log2(math.e)
 SHARED_BYTES = 226 * 1024  # a thread block's shared memory, less what barriers need
@@ -52,6 +54,12 @@ def tiled(shape: tuple[int, ...], dtype, columns: int, lines: int) -> Any:
     tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(lines)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+
+
+def padded_rows(x: jax.Array) -> jax.Array:
+    """With rows of zeros as copies of tiles want them: whole slabs, no fewer than a warpgroup's."""
+    rows = x.shape[0]
+    return jnp.pad(x, ((0, max(-rows % SLAB, WG_ROWS - rows)), (0, 0)))
 
 
 def zeros(shape: tuple[int, ...], layout) -> jax.Array:

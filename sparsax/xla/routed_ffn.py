@@ -27,7 +27,7 @@ class RoutedProducts(typing.NamedTuple):
     # `(zs, dh, c, *, needs_hidden)`: c h, gradients of zs and of c in one go, as `_through_hidden`
     # composes them where this is None.
     hidden_gradient: typing.Callable[..., tuple] | None = None
-    # Whether the terms of a sum make one kernel: then LoRA's last product is best one of them.
+    # Whether the terms of a sum make one kernel.
     sums_terms: bool = False
 
 
@@ -77,17 +77,14 @@ def routed_ffn_forward(
     else:
         _, zs = _sums(xs, parts, plan, products, kept)
         h = _join(activation)(*zs).astype(x.dtype)
-    times = lambda *terms: products.gmm(terms, plan.group_sizes)
-    if lora is None:
-        y = _sum_choices(times((h, weights.w_down)), plan, plan.coefficients)
-    elif products.sums_terms and plan.scaled == "output":
-        low = times((h, lora.down_a))
-        rows = times((h, weights.w_down), _shared(lora.scale, low, lora.down_b, plan))
-        y = _sum_choices(rows, plan, plan.coefficients)
-    else:
+    into_y, merged = [(h, weights.w_down)], _merges(products, plan)
+    low = None if lora is None else products.gmm([(h, lora.down_a)], plan.group_sizes)
+    if lora is not None and merged:
+        into_y.append(_shared(lora.scale, low, lora.down_b, plan))
+    y = _sum_choices(products.gmm(into_y, plan.group_sizes), plan, plan.coefficients)
+    if lora is not None and not merged:
         c = plan.coefficients if plan.scaled == "output" else None
-        low = _sum_choices(times((h, lora.down_a)), plan, c).astype(x.dtype)
-        y = _sum_choices(times((h, weights.w_down)), plan, plan.coefficients)
+        low = _sum_choices(low, plan, c).astype(x.dtype)
         y += lora.scale * _matmul("nr,rd->nd", low, lora.down_b)
     y = y if weights.b_down is None else y + weights.b_down.astype(jnp.float32)
     return plan.zeroed(y).astype(x.dtype)
@@ -116,7 +113,7 @@ def routed_ffn_backward(
         sums = _sums(xs, parts, plan, products, kept)
         c_h, h_low, ds, dbases, dc = _through_hidden(sums, into_h, plan, gmm, activation, dtype)
     into_x = [(d, part.w) for d, part in zip(dbases, parts, strict=True)]
-    merged = products.sums_terms and plan.scaled == "output"
+    merged = _merges(products, plan)
     dlows = []  # of `low` of each part
     if lora is not None:
         dlows = [gmm([(d, p.b)], sizes, transpose_w=True) for d, p in zip(ds, parts, strict=True)]
@@ -213,6 +210,11 @@ def _sums(xs, parts, plan, products: RoutedProducts, kept=None):
         low = (products.gmm([term], plan.group_sizes) for term in part.terms(xs)[1:])
         zs.append(sum(low, c * base))
     return wide, zs
+
+
+def _merges(products: RoutedProducts, plan) -> bool:
+    """Whether LoRA's last product is best a term of the large one: c multiplies both alike."""
+    return products.sums_terms and plan.scaled == "output"
 
 
 def _shared(scale, low, matrix, plan):

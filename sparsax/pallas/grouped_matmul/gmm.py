@@ -24,8 +24,8 @@ from sparsax.pallas.grouped_matmul.product import (
     together,
     width_of,
 )
-from sparsax.pallas.grouped_matmul.tables import DEPTH, SLAB
-from sparsax.pallas.hopper import COL, COMPUTE, WG_ROWS, per_col
+from sparsax.pallas.grouped_matmul.tables import DEPTH
+from sparsax.pallas.hopper import COL, COMPUTE, SLAB, WG_ROWS, padded_rows, per_col
 
 
 def gmm(x, w, group_sizes, bias=None, *, transpose_w: bool, interpret=None):
@@ -42,8 +42,7 @@ def gmm_sum(terms, group_sizes, biases, *, transpose_w=False, activation=None, i
     Everything is summed and activated in registers, and x is read once for both.
     """
     rows = terms[0][0].shape[0]
-    more = ((0, max(-rows % SLAB, WG_ROWS - rows)), (0, 0))
-    terms = [(jnp.pad(x, more), matrices) for x, matrices in terms]
+    terms = [(padded_rows(x), matrices) for x, matrices in terms]
     padded = terms[0][0].shape[0]
     starts, ends = tables.bounds(group_sizes, rows)
     # Rows of no group are one more, of no steps and no bias.

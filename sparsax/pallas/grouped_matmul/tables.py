@@ -1,16 +1,15 @@
 """What the kernels read about groups, computed from their sizes: data, in shapes that never change.
 
-Tile copies move whole slabs of 8 rows that begin at multiples of 8; groups begin where they like.
+Tile copies move whole slabs of rows that begin at multiples of `SLAB`; groups begin where they
+like.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from sparsax.pallas.hopper import COMPUTE, WG_ROWS
+from sparsax.pallas.hopper import ROWS, SLAB
 
-ROWS = COMPUTE * WG_ROWS  # of a tile
 DEPTH = 64  # summands of a step: a line of shared memory
-SLAB = 8
 # Rows of a group outside of its whole steps: fewer than a slab before them, than a step after.
 ENDS = DEPTH + SLAB
 

@@ -21,8 +21,8 @@ from sparsax.pallas.grouped_matmul.product import (
     together,
     width_of,
 )
-from sparsax.pallas.grouped_matmul.tables import DEPTH, ROWS, SLAB
-from sparsax.pallas.hopper import COMPUTE, WG_ROWS
+from sparsax.pallas.grouped_matmul.tables import DEPTH
+from sparsax.pallas.hopper import COMPUTE, ROWS, SLAB, WG_ROWS, padded_rows
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -35,7 +35,7 @@ def tgmm(x, dy, group_sizes, *, interpret=None):
     at_ends = tables.rows_at_ends(starts, ends)
     gather = lambda a: jnp.where((at_ends < 0)[..., None], 0, a[jnp.maximum(at_ends, 0)])
     x_ends, dy_ends = gather(x), gather(dy)
-    x, dy = (jnp.pad(a, ((0, max(-rows % SLAB, DEPTH - rows)), (0, 0))) for a in (x, dy))
+    x, dy = padded_rows(x), padded_rows(dy)
     (out,) = _kernel(x, dy, len(group_sizes), interpret)(
         x, dy, x_ends, dy_ends, tables.steps(starts, ends)
     )

@@ -78,8 +78,9 @@ def best_schedule(rows: int, u, v) -> Schedule:
 
     The one that keeps `x u` is, where there is one row of tiles, many rows of x and tiles enough:
     with tiles of 1,024 at 8x it took .79 and .93 of the products' time for 4,096 and 8,192 rows of
-    1,024 x 4,096 on an H200. With four rows of tiles it keeps four times as much, leaves too few
-    slots for what is on its way, and takes longer than they do.
+    1,024 x 4,096 on an H200; at 4x .018 ms by the profiler, they .026 in a loop. With four rows of
+    tiles it keeps four times as much, leaves too few slots for what is on its way, and takes longer
+    than they do.
     """
     if few_are_faster(rows, u, v):
         return "split"

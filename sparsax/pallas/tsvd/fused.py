@@ -23,19 +23,20 @@ from sparsax.pallas.hopper import (
     COL,
     COMPUTE,
     MATRIX,
+    ROWS,
     SHARED_BYTES,
     WG_ROWS,
     Ring,
     TensorCores,
     copying,
     launch,
+    padded_rows,
     per_col,
     shared,
     tiled,
     zeros,
 )
 
-ROWS = COMPUTE * WG_ROWS
 RANKS = (32, 64, 96, 128)
 WIDTHS = (64, 128, 256)
 V_STAGES = 2
@@ -78,7 +79,7 @@ def forward(x, u, v, bias, *, activation: str | None, interpret=None, tiling: Ti
     tiling = tiling or Tiling.of(u, v)
     assert tiling is not None
     rows, apply = x.shape[0], ACTIVATIONS.get(activation or "")
-    x = jnp.pad(x, ((0, max(-rows % 8, WG_ROWS - rows)), (0, 0)))  # copies take slabs of 8 rows
+    x = padded_rows(x)
     operands = (x, u, v) if bias is None else (x, u, v, bias.astype(jnp.float32))
     (y,) = _kernel(x, u, v, bias is not None, apply, tiling, interpret)(*operands)
     return y[:rows]

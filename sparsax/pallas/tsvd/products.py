@@ -25,10 +25,17 @@ from sparsax.pallas.grouped_matmul.product import (
     raster,
     together,
 )
-from sparsax.pallas.grouped_matmul.tables import DEPTH, SLAB
-from sparsax.pallas.hopper import COL, COMPUTE, WG_ROWS, multiprocessors, per_col
+from sparsax.pallas.grouped_matmul.tables import DEPTH
+from sparsax.pallas.hopper import (
+    COL,
+    COMPUTE,
+    ROWS,
+    WG_ROWS,
+    multiprocessors,
+    padded_rows,
+    per_col,
+)
 
-ROWS = COMPUTE * WG_ROWS
 # The widest tile that leaves beside the products of the next one: wider ones would need more
 # registers than there are, and the assembler would put their products one after the other.
 BESIDE = 128
@@ -63,7 +70,7 @@ class Stack(NamedTuple):
 def forward(x, u, v, bias, *, activation: str | None, interpret=None):
     """`activation(x w + bias)` `[M, J*C]`, w given by the factors of its tiles."""
     rows, views = x.shape[0], _views(u, v)
-    p = _hidden(_padded(x), u, views[0], interpret)
+    p = _hidden(padded_rows(x), u, views[0], interpret)
     options = {"bias": bias, "activation": activation, "interpret": interpret}
     return batched(Stack(p), views[1], "middle", "tsvd_out", **options)[:rows]
 
@@ -71,7 +78,7 @@ def forward(x, u, v, bias, *, activation: str | None, interpret=None):
 def backward(x, u, v, dy, *, interpret=None):
     """`(dx, du, dv)`; `x u` is computed again."""
     rows, (us, vs), (num_in, size, num_out, rank) = x.shape[0], _views(u, v), u.shape
-    x, dy = _padded(x), _padded(dy)
+    x, dy = padded_rows(x), padded_rows(dy)
     run = lambda *a, **options: batched(*a, **options, interpret=interpret)
     xs = Stack(x.reshape(-1, num_in, size), middle=True)
     dys = Stack(dy.reshape(len(dy), num_out, -1), middle=True)
@@ -214,9 +221,3 @@ def _views(u, v) -> tuple[Stack, Stack]:
     extra = (_slots(num_out, rank) - num_out) * rank
     us = jnp.pad(u.reshape(num_in, size, -1), ((0, 0), (0, 0), (0, extra)))
     return Stack(us), Stack(v.reshape(num_out, -1, columns))
-
-
-def _padded(x):
-    """With rows as tile copies take them: whole slabs, and no fewer than one copy's."""
-    rows = x.shape[0]
-    return jnp.pad(x, ((0, max(-rows % SLAB, WG_ROWS - rows)), (0, 0)))

@@ -20,6 +20,7 @@ from sparsax.pallas.grouped_matmul.tables import DEPTH
 from sparsax.pallas.hopper import (
     COL,
     COMPUTE,
+    ROWS,
     SHARED_BYTES,
     WG_ROWS,
     Ring,
@@ -27,11 +28,11 @@ from sparsax.pallas.hopper import (
     copying,
     launch,
     multiprocessors,
+    padded_rows,
     per_col,
     shared,
 )
 
-ROWS = COMPUTE * WG_ROWS
 WIDTHS = (128, 64)  # columns of a tile of either product: the wider the less is read
 
 
@@ -75,7 +76,7 @@ def forward(x, u, v, bias, *, activation: str | None, interpret=None, tiling: Ti
     rows, apply = len(x), ACTIVATIONS.get(activation or "")
     tiling = tiling or Tiling.of(u, v, rows)
     assert tiling is not None
-    x = jnp.pad(x, ((0, max(-rows % 8, WG_ROWS - rows)), (0, 0)))  # copies take slabs of 8 rows
+    x = padded_rows(x)
     operands = [x, u.reshape(-1, u.shape[2] * u.shape[3]), v.reshape(-1, v.shape[3])]
     operands += [] if bias is None else [bias.astype(jnp.float32)]
     (y,) = _kernel(x, u, v, bias is not None, apply, tiling, interpret)(*operands)
