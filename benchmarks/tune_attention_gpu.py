@@ -31,7 +31,8 @@ from resumed import Rows, turns_on_gpu
 import sparsax
 from sparsax.pallas import compound
 from sparsax.pallas.block_sparse import attention, config
-from sparsax.pallas.block_sparse.config import TABLE, Config, ForwardTiling, KeyTiling, Tiling
+from sparsax.pallas.block_sparse.config import TABLE
+from sparsax.pallas.block_sparse.tiling import Config, ForwardTiling, KeyTiling, Tiling
 from sparsax.patterns.compound import bigbird
 
 # (tile, slots of tiles, of row tiles) that fit in shared memory, by head dim, unless ids are too
@@ -49,14 +50,14 @@ DQ = {
     64: [(128, 3, 1), (128, 3, 2), (64, 6, 2)],
     96: [(64, 4, 1), (64, 3, 2)],
     128: [(64, 3, 1), (64, 3, 2)],
-    256: [(32, 2, 1)],
+    256: [(32, 2, 1), (32, 3, 1)],
 }
 DKV = {
     32: [(128, 4, 1, 2), (128, 4, 2, 2), (64, 6, 2, 2)],
     64: [(128, 3, 2, 2), (64, 6, 2, 2)],
     96: [(64, 4, 1, 2), (64, 3, 1, 2)],
     128: [(64, 2, 1, 2), (64, 3, 1, 1), (64, 4, 1, 1)],
-    256: [(32, 1, 1, 1)],
+    256: [(32, 1, 1, 1), (32, 2, 1, 1), (64, 1, 1, 1)],
 }
 # The cases that decide each table.
 TABLES = {

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 from sparsax.pallas.block_sparse import config
-from sparsax.pallas.block_sparse.config import ForwardTiling, KeyTiling, best_config
+from sparsax.pallas.block_sparse.config import best_config
 from sparsax.pallas.block_sparse.places import Places
 from sparsax.pallas.block_sparse.problem import Problem
+from sparsax.pallas.block_sparse.tiling import ForwardTiling, KeyTiling
 
 
 def problem(**changes) -> Problem:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsax.pallas.block_sparse.combine import combine
-from sparsax.pallas.block_sparse.config import Config, best_config
+from sparsax.pallas.block_sparse.config import best_config
 from sparsax.pallas.block_sparse.deal import deal
 from sparsax.pallas.block_sparse.dkv import dkv_kernel
 from sparsax.pallas.block_sparse.dq import dq_kernel
@@ -18,6 +18,7 @@ from sparsax.pallas.block_sparse.forward import forward_kernel
 from sparsax.pallas.block_sparse.problem import Problem
 from sparsax.pallas.block_sparse.schedule import NOTHING, Expected, Schedule, units
 from sparsax.pallas.block_sparse.tiles import ROWS, TileLists, tile_lists
+from sparsax.pallas.block_sparse.tiling import Config
 from sparsax.pallas.hopper import LOG2E
 from sparsax.pallas.listed import Listed, put
 from sparsax.pallas.support import vary

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from sparsax.compound import CompoundPattern
 from sparsax.pallas import support
 from sparsax.pallas.block_sparse.attention import run_backward, run_forward
-from sparsax.pallas.block_sparse.config import Config
 from sparsax.pallas.block_sparse.places import STRIDE
+from sparsax.pallas.block_sparse.tiling import Config
 from sparsax.pallas.compound.cover import expected_work
 from sparsax.pallas.compound.keys import BLOCK, Keys, poison, problem_of
 from sparsax.pallas.compound.lists import key_lists, query_lists

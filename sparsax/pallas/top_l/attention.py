@@ -8,9 +8,10 @@ import numpy as np
 
 from sparsax.pallas import support
 from sparsax.pallas.block_sparse.attention import run_backward, run_forward
-from sparsax.pallas.block_sparse.config import CODED, Config
+from sparsax.pallas.block_sparse.config import CODED
 from sparsax.pallas.block_sparse.problem import Problem
 from sparsax.pallas.block_sparse.tiles import ROWS, TileLists
+from sparsax.pallas.block_sparse.tiling import Config
 from sparsax.pallas.top_l.matches import Matches, codes_refusal, key_ids, query_ids
 from sparsax.quantise.codes import Codes
 
