@@ -1,7 +1,6 @@
 """Writes docs/compound.md and docs/compound_gpu.png from what has been measured so far.
 
     python benchmarks/compound_gpu.py --peers dense block_mask flex huggingface    # on the GPU
-    python benchmarks/compound_gpu.py --name compound_h200
     python benchmarks/longformer_gpu.py
     PYTHONPATH=. python benchmarks/longformer_parity.py real
     uv run python benchmarks/report_compound.py       # anywhere (needs the `plots` extra)
@@ -137,7 +136,9 @@ def main() -> None:
             "`x` says how many times as long a peer takes: dense cuDNN without a mask; our "
             "block-sparse kernel over the blocks of 64 that hold a pair; FlexAttention with "
             "exactly these pairs, autotuned; Hugging Face's self-attention beside our layer, "
-            "projections of queries, keys and values included in both. A dash was not measured; "
+            "projections of queries, keys and values included in both. Hugging Face's and "
+            "FlexAttention, but for QDS's, are of earlier runs, call by call, and so is the layer "
+            "that stands beside Hugging Face's. A dash was not measured; "
             "where it says failed, one of the two ran out of memory or could not be compiled, as "
             "the result's file tells.",
             "![Times as long as ours](compound_gpu.png)", speed(found["rows"]),
@@ -145,17 +146,6 @@ def main() -> None:
         picture(found["rows"]).savefig(args.docs / "compound_gpu.png", dpi=120)
     else:
         text.append("Not measured yet.")
-    if found := read("compound_h200"):
-        text += [
-            "## The same since row tiles are dealt by their work, and done by two teams",
-            origin("compound_h200", found),
-            "Longformer and BigBird at 2,048 tokens were left out, the last two rows not reached; "
-            "FlexAttention and Hugging Face's were not run again. QDS and Longformer at 4,096 "
-            "tokens are of a later commit, and timed by runs that queue up; in the other rows, and "
-            "in the table before, a loop's step and a run's start are in the times of both sides, "
-            "up to .03 ms of each call.",
-            speed(found["rows"]),
-        ]  # fmt: skip
     text.append("## Longformer-large, end to end")
     if found := read("longformer_gpu"):
         text += [

@@ -1,9 +1,8 @@
 """Writes docs/routed.md and docs/grouped_gpu.png from what was measured on a GPU.
 
-    python benchmarks/grouped_gpu.py                 # results/grouped_gpu.json
-    python benchmarks/routed_ffn_gpu.py --torch      # results/routed_ffn_gpu.json
-    python benchmarks/routed_ffn_gpu.py --torch --shapes ... --name routed_ffn_large
-    uv run python benchmarks/report_routed.py        # anywhere (needs the `plots` extra)
+    python benchmarks/grouped_gpu.py                               # results/grouped_gpu.json
+    python benchmarks/routed_ffn_gpu.py --torch --keep-hidden      # results/routed_ffn_gpu.json
+    uv run python benchmarks/report_routed.py                      # anywhere (the `plots` extra)
 
 A result that is not there has a sentence that says so; a dash is a figure that a result lacks.
 `--keep-hidden` of routed_ffn_gpu.py adds rows, which the tables call kept.
@@ -19,14 +18,10 @@ from report import DOCS, number, origin, read, table
 PRODUCTS = ("gmm", "dx", "dw")
 PEERS = {"dense": "cuBLAS", "torch": "PyTorch", "ragged_dot": "ragged_dot", "xla": "portable"}
 PASSES = {"forward_ms": "forward", "both_ms": "forward + backward"}
-LAYERS = (
-    "routed_ffn_gpu", "routed_ffn_large", "routed_ffn_h100", "routed_ffn_kept", "routed_ffn_small",
-    "routed_ffn_4096",
-)  # fmt: skip
 ROUTED = """bfloat16, {tokens:,} tokens, GELU, a random router: choosing and sorting are in the
-time. LoRA: rank 16 beside frozen matrices, of the dense layer as well. PyTorch is the same layer of
-its grouped products, run operation by operation. MiB are what XLA reserves for both passes beside
-the arguments."""
+time. LoRA: rank 16 beside frozen matrices, of the dense layer as well. *Gated* is SwiGLU. PyTorch
+is the same layer of its grouped products, run operation by operation. MiB are what XLA reserves for
+both passes beside the arguments."""
 LOST = """Beside the hidden units, which the backward pass computes again, the routed layer does the
 products of the dense one, for k of G blocks: 7 products with both passes where the dense layer has
 6, with LoRA 5 for 4. So it gains at most G / k times forward, 6 G / 7 k and 4 G / 5 k with both
@@ -37,39 +32,38 @@ KEPT = """*Kept* is `recompute=False`: the products before the activation stay i
 backward pass, beside the same peers as the row without."""
 KEPT_LOST = """*Kept* rows repeat no product: 6 products for 6, with LoRA 4 for 4, so that they
 gain at most G / k with both passes as well."""
+GROUPED = """.9 of cuBLAS's speed, that of PyTorch and four times `ragged_dot`'s were aimed at.
+
+- **cuBLAS** takes .88 to 1.10 times as long with 4 groups, .82 to .97 with 8, where it reads an
+  eighth of the matrices: .9 in 11 and 5 of 12 cases. Of 64 groups the matrices alone take longer to
+  read than half of its time: .46 to .67.
+- **PyTorch** takes .94 to 1.16 times as long with 4 groups, .90 to 1.06 with 8 and .99 to 1.23 with
+  64: 7, 3 and 10 of 12 cases are at least as fast here.
+- **`ragged_dot`** takes 3.2 to 4.0 times as long with 4 groups, 5.6 to 7.4 with 8. Four times its
+  155 to 191 TFLOP/s would be 620 to 764, where cuBLAS itself reaches 560 to 682."""
 FINDINGS = """### What these tables say
 
 With half of the blocks the layer was to be 1.7 times as fast as the dense one at D = 4,096, 1.4
-times at 2,048, and never slower from 1,024 on. The results stand in the order of their commits. In
-the first choices were sorted, in the first three no two thread blocks shared what they read, in all
-but the last a run's start is in the times, shared by ten calls, and in all but the last two a step
-of a loop for each call. In the last alone one kernel makes the gradient of the hidden units, and
-LoRA's last product is a term of the large one.
+times at 2,048, and never slower from 1,024 on. All of it is reached, with the hidden units kept.
 
-- **4,096, 2 of 4 blocks: reached, with the hidden units kept.** 1.8 to 1.9 times forward on an
-  H200; with both passes 1.75, with LoRA 1.71. Where they are computed again 1.54 and 1.45.
-- **2,048, 2 of 4 blocks: reached forward, and with both passes where all is trained.** 1.5 times
-  forward, trained and with LoRA; with both passes 1.61 kept and 1.45 computed again, with LoRA
-  1.35 and 1.15. Not measured since the two changes above. 4 of 8 blocks, before: 1.1 to 1.3.
-- **1,024, 2 of 4 blocks: not slower, but with LoRA and both passes.** 1.17 and 1.35 forward, 1.20
-  and 1.07 with both passes, with LoRA .93 and .95. Not measured since, either. 4 of 8 blocks, where
-  choices were sorted, were slower throughout, .78 to .94.
+- **4,096, 2 of 4 blocks:** 1.81 to 1.89 times forward; with both passes 1.76, with LoRA 1.72. Where
+  they are computed again 1.53 and 1.45. 4 of 8 blocks: 1.67 to 1.75, 1.70, 1.66.
+- **2,048, 2 of 4 blocks:** 1.65 and 1.73 forward; with both passes 1.63, with LoRA 1.53; computed
+  again 1.45 and 1.35. 4 of 8 blocks: 1.47 to 1.59, 1.50, 1.31.
+- **1,024, 2 of 4 blocks:** 1.34 to 1.46 forward; with both passes 1.33 and 1.24, with LoRA 1.18 and
+  1.10. 4 of 8 blocks were not measured.
+- **Gated, blocks of 2,752 units** (Llama-7B's size): 1.72 to 1.77 forward, 1.39 and 1.38 with both
+  passes. A block is 10.75 tiles of 256 units here, and 21.5 of 128.
 
 A repeated product puts the ceiling of both passes at 1.71 times, and at 1.6 with LoRA; kept, at 2.
 The rest is lost around the products: gathering rows, the activation and its gradient, summing each
-token's choices, and choosing. By the profiler products are 80 to 90 % of the time of the longest
-kernels at 4,096, 70 to 82 % at 2,048 and 61 to 69 % at 1,024; with both passes the layer has 78 to
-90, 67 to 84 and 46 to 63 % of the dense one's TFLOP/s. 4 of 8 blocks gather twice as many rows as 2
-of 4. LoRA slows the dense layer, too (by 9 to 14 % in TFLOP/s at 4,096), which the better ratios
-forward owe something to.
+token's choices, and choosing. By the profiler products are 80 to 94 % of the time of the longest
+kernels at 4,096, 70 to 85 % at 2,048 and 69 to 75 % at 1,024. 4 of 8 blocks gather twice as many
+rows as 2 of 4. LoRA slows the dense layer, too, which the better ratios forward owe something to.
 
-PyTorch takes 1.03 to 2.2 times as long at 2,048 and 4,096, 2.1 to 5.0 times at 1,024. Its grouped
-products alone are up to a quarter faster than ours in the first table, from before thread blocks
-shared copies; no compiler joined its operations here. Memory is that of the dense layer where all
-is trained, or less (4 of 8 blocks below 4,096: a fifth more; kept, a tenth), and 70 to 103 % of it
-with LoRA.
-
-Not measured: gates; 4 of 8 blocks on the newer commits, and below 4,096 the newest."""
+PyTorch takes 1.16 to 1.63 times as long at 4,096, 1.5 to 4.7 times at 2,048 and 4.0 to 6.9 times
+at 1,024; no compiler joined its operations here. Memory is at most that of the dense layer, 64 to
+100 % of it where all is trained and 39 to 79 % with LoRA."""
 
 
 def times(row: dict, who: str, product: str) -> float | None:
@@ -128,8 +122,9 @@ def repeats(row: dict) -> bool:
 def shape(row: dict) -> list[str]:
     """The cells that say what a row of the layer is of."""
     trained = "all" if row["way"] == "trained" else "LoRA"
+    said = [trained, *["gated"] * row["gated"], *["kept"] * (not repeats(row))]
     return [f"{row['features']:,}", f"{row['hidden']:,}", f"{row['active']} of {row['blocks']}",
-            trained if repeats(row) else f"{trained}, kept"]  # fmt: skip
+            ", ".join(said)]  # fmt: skip
 
 
 def routed(rows: list[dict]) -> str:
@@ -197,20 +192,18 @@ def main() -> None:
             "PyTorch is `torch._grouped_mm`, ragged_dot `jax.lax.ragged_dot`, portable the "
             "implementation `xla`. The more groups, the more matrices must be read: 64 of 4,096 x "
             "8,192 are 4.3 GB, which takes 0.9 ms at the 4.8 TB/s of an H200, whoever reads them.",
-            "![TFLOP/s](grouped_gpu.png)", grouped(found["rows"]),
+            "![TFLOP/s](grouped_gpu.png)", grouped(found["rows"]), GROUPED,
         ]  # fmt: skip
         picture(found["rows"]).savefig(args.docs / "grouped_gpu.png", dpi=120)
     else:
         text.append(missing)
     text.append("## The routed layer beside the dense one")
-    layers = {name: found for name in LAYERS if (found := read(name))}
-    rows = [row for found in layers.values() for row in found["rows"]]
-    if layers:
-        text += [ROUTED.format(tokens=rows[0]["tokens"]), KEPT]
-    for name, found in layers.items():
-        text += [origin(name, found), routed(found["rows"])]
-    if layers:
-        text += ["### What is lost", LOST, KEPT_LOST, lost(rows), FINDINGS]
+    if found := read("routed_ffn_gpu"):
+        rows = found["rows"]
+        text += [
+            origin("routed_ffn_gpu", found), ROUTED.format(tokens=rows[0]["tokens"]), KEPT,
+            routed(rows), "### What is lost", LOST, KEPT_LOST, lost(rows), FINDINGS,
+        ]  # fmt: skip
     else:
         text.append(missing)
     (args.docs / "routed.md").write_text("\n\n".join(text) + "\n")

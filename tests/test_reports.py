@@ -28,7 +28,7 @@ def test_report_is_written_from_what_is_committed(name, tmp_path, monkeypatch):
      ("lora", True, 8, 6)],
 )  # fmt: skip
 def test_rows_that_keep_their_products_are_told_apart(way, gated, again, kept):
-    rows = report_routed.read("routed_ffn_large")["rows"]
+    rows = report_routed.read("routed_ffn_gpu")["rows"]
     old = next(row for row in rows if row["way"] == way) | {"gated": gated}  # says nothing of it
     rows = [old, old | {"recompute": True}, old | {"recompute": False}]
     found = [(report_routed.shape(row)[3], *report_routed.products(row)) for row in rows]
@@ -39,7 +39,7 @@ def test_rows_that_keep_their_products_are_told_apart(way, gated, again, kept):
 def test_the_report_says_what_kept_rows_are(tmp_path, monkeypatch):
     def read(name):
         record = report.read(name)
-        if name == "routed_ffn_large":
+        if name == "routed_ffn_gpu":
             record["rows"].append(record["rows"][0] | {"recompute": False})
         return record
 

@@ -25,7 +25,7 @@ TABLE = {
         Tiling(64, 3, row_slots=2),
         KeyTiling(64, 4, early=1, spaces=1),
     ),
-    256: Config(ForwardTiling(64, 2), Tiling(32, 2), KeyTiling(32, 1, early=1, spaces=1)),
+    256: Config(ForwardTiling(64, 2), Tiling(32, 3), KeyTiling(32, 2, early=2, spaces=1)),
 }
 
 # Where tiles may need a mask: it wants registers, and what spills is up to three times as slow.
@@ -42,7 +42,7 @@ MASKED = {
         Tiling(64, 3, row_slots=2),
         KeyTiling(64, 2, turns=True, early=1),
     ),
-    256: Config(ForwardTiling(64, 2), Tiling(32, 2), KeyTiling(32, 1, early=1, spaces=1)),
+    256: Config(ForwardTiling(64, 2), Tiling(32, 3), KeyTiling(32, 2, early=2, spaces=1)),
 }
 
 # Where row tiles are of several blocks, and lists alone, but for the ends of sequences, say which
@@ -60,7 +60,7 @@ SMALL = {
     128: Config(
         ForwardTiling(128, 2, row_slots=2), Tiling(64, 3), KeyTiling(64, 3, early=2, spaces=1)
     ),
-    256: Config(ForwardTiling(64, 2), Tiling(32, 2), KeyTiling(32, 1, early=2, spaces=1)),
+    256: Config(ForwardTiling(64, 2), Tiling(32, 3), KeyTiling(32, 2, early=2, spaces=1)),
 }
 
 # Where places say which pairs attend, as in compound attention: short lists, most tiles masked.
@@ -81,7 +81,7 @@ PLACED = {
     128: Config(
         ForwardTiling(128, 2, turns=True, row_slots=2), Tiling(64, 3), KeyTiling(64, 3, spaces=1)
     ),
-    256: Config(ForwardTiling(64, 2), Tiling(32, 2), KeyTiling(32, 1, early=1, spaces=1)),
+    256: Config(ForwardTiling(64, 2), Tiling(32, 3), KeyTiling(32, 2, early=2, spaces=1)),
 }
 
 # Where one comparison with places does, and tiles of global rows need none: other masks find no
@@ -103,7 +103,7 @@ RANGED = {
     128: Config(
         ForwardTiling(128, 2, row_slots=2), Tiling(64, 3, row_slots=2), KeyTiling(64, 3, spaces=1)
     ),
-    256: Config(ForwardTiling(64, 2), Tiling(32, 2), KeyTiling(32, 1, spaces=1)),
+    256: Config(ForwardTiling(64, 2), Tiling(32, 3), KeyTiling(32, 2, early=2, spaces=1)),
 }
 
 # Where codes say which pairs attend, as in top-L attention: the largest tiles whose masks leave

@@ -79,8 +79,9 @@ def dkv_kernel(
     owners, group = schedule.owners // x.samples, x.N // x.K
     sharing = x.K // owners
 
-    def kernel(*refs, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ids_smem, out_smem,
+    def kernel(*refs, k_smem, v_smem, q_smem, do_smem, vectors_smem, ids_smem, out_smem,
                kv_bars, bars, turn_bars):  # fmt: skip
+        lse_smem, delta_smem = (vectors_smem.at[i] for i in range(2))
         lists, refs = Lists.split(refs, bits, x)
         of_queries, of_keys = x.q_starts, x.kv_starts
         q, k, v, do, (lse, delta, *refs) = split(refs, of_queries, of_keys, of_keys, of_queries)
@@ -308,7 +309,6 @@ def dkv_kernel(
         jax.ShapeDtypeStruct((x.B, -(-length // 8) * 8, x.K, high - low), x.dtype)
         for length in x.kv_lengths
     ]
-    vectors = plgpu.SMEM((stages, tile), jnp.float32)
     return launch(
         kernel,
         "block_sparse_dkv",
@@ -321,8 +321,7 @@ def dkv_kernel(
         q_smem=shared((stages, tile, x.H), x.dtype),
         do_smem=shared((stages, tile, x.H), x.dtype),
         out_smem=shared((spaces, COMPUTE, WG_ROWS, high - low), x.dtype),
-        lse_smem=vectors,
-        delta_smem=vectors,
+        vectors_smem=plgpu.SMEM((2, stages, tile), jnp.float32),  # one, as each begins at 1 KiB
         ids_smem=plgpu.SMEM((stages, x.query_ids, tile), jnp.int32) if x.ids else None,
         kv_bars=Ring.barriers(row_slots, 2 * COMPUTE),
         turn_bars=Turns.barrier(turns),
