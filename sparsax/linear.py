@@ -87,8 +87,10 @@ def tsvd_common_matmul(
     """`activation(x w + bias)` where the tiles of w share one factor.
 
     One dense matmul and one with a tiny matrix. Arguments, result and errors are those of
-    `tsvd_matmul`. Take the gradient of `factors.common` alone to fine-tune: the larger gradient of
-    the tiles is then not computed.
+    `tsvd_matmul`, whose kernels "pallas" runs, on one row or column of tiles (the features that are
+    not cut must be a multiple of 64 as well); gradients are dense matmuls, and XLA's. Take the
+    gradient of `factors.common` alone to fine-tune: the larger gradient of the tiles is then not
+    computed.
 
     Example:
         >>> import jax
@@ -121,13 +123,11 @@ def _apply(x, factors, bias, activation, implementation):
     else:
         first, second, side = factors.tiles, factors.common, factors.side
         pad_in, pad_out = (0, factors.pad) if side == "right" else (factors.pad, 0)
+    u, v = (first, second) if side is None else pallas.as_tiles(first, second, side)
     if implementation == "pallas":
-        refusal = "has no kernel for common factors, which are two dense matmuls"
-        if side is None:
-            refusal = pallas.tsvd_refusal(x, first, second, activation)
-        checks.kernel_runs(refusal)
+        checks.kernel_runs(pallas.tsvd_refusal(x, u, v, activation))
     alone = implementation is None and side is None
-    alone = alone and pallas.tsvd_is_faster(x, first, second, activation)
+    alone = alone and pallas.tsvd_is_faster(x, u, v, activation)
     rows = jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, pad_in)))
     bias = None if bias is None else jnp.pad(bias, (0, pad_out))
     if implementation == "reference":
@@ -173,7 +173,8 @@ def _few(call: _Call, *arrays):
 def _forward(call, x, first, second, bias):
     if call.kernel:
         named = {"activation": call.activation, "interpret": call.interpret}
-        return pallas.tsvd_forward(x, first, second, bias, **named), None
+        u, v = (first, second) if call.side is None else pallas.as_tiles(first, second, call.side)
+        return pallas.tsvd_forward(x, u, v, bias, **named), None
     options: dict[str, typing.Any] = {"activation": ACTIVATIONS.get(call.activation)}
     if call.side is None:
         return xla.tsvd_forward(x, first, second, bias, **options), None
@@ -199,6 +200,8 @@ def _linear_bwd(call, residuals, dy):
         backward = pallas.tsvd_backward if call.kernel else xla.tsvd_backward
         dx, dfirst, dsecond = backward(x, first, second, dy, **options)
     else:
+        if p is None:
+            p = xla.tsvd_common_hidden(x, first, second, side=call.side)
         dx, dfirst, dsecond = xla.tsvd_common_backward(x, p, first, second, dy, side=call.side)
     dbias = None if bias is None else dy.sum(0, dtype=jnp.float32).astype(bias.dtype)
     return dx, dfirst, dsecond, dbias

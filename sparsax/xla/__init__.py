@@ -18,6 +18,7 @@ from sparsax.xla.top_l import top_l_forward as top_l_forward
 from sparsax.xla.tsvd_matmul import tsvd_backward as tsvd_backward
 from sparsax.xla.tsvd_matmul import tsvd_common_backward as tsvd_common_backward
 from sparsax.xla.tsvd_matmul import tsvd_common_forward as tsvd_common_forward
+from sparsax.xla.tsvd_matmul import tsvd_common_hidden as tsvd_common_hidden
 from sparsax.xla.tsvd_matmul import tsvd_forward as tsvd_forward
 from sparsax.xla.walk import vary_alike as vary_alike
 from sparsax.xla.walk import varying_zero as varying_zero

@@ -38,11 +38,16 @@ def tsvd_common_forward(x, tiles, common, bias, *, side, activation):
 
     Two plain matmuls: with `[D, J*R]` and `[R, C]`, or with `[A, R]` and `[I*R, F]`.
     """
+    p = tsvd_common_hidden(x, tiles, common, side=side)
+    y = _matmul("mr,rc->mc", p, _flat(tiles, common, side)[1]).reshape(x.shape[0], -1)
+    return _finish(y, bias, activation, x.dtype), p
+
+
+def tsvd_common_hidden(x, tiles, common, *, side):
+    """`x` times the first factor, as many rows and columns as the second one takes."""
     first, second = _flat(tiles, common, side)
     p = _matmul("ma,ar->mr", x.reshape(-1, first.shape[0]), first).astype(x.dtype)
-    p = p.reshape(-1, second.shape[0])
-    y = _matmul("mr,rc->mc", p, second).reshape(x.shape[0], -1)
-    return _finish(y, bias, activation, x.dtype), p
+    return p.reshape(-1, second.shape[0])
 
 
 def tsvd_common_backward(x, p, tiles, common, dy, *, side):

@@ -240,7 +240,6 @@ REFUSED = {
     "rank": ({"rank": 24}, r"takes ranks in multiples of 16; got 24, see .*pad_rank\(16\)"),
     "tile": ({"tile": 48}, "takes tiles in multiples of 64; got 48 x 48"),
     "activation": ({"activation": "gelu_exact"}, "takes activation .* got 'gelu_exact'"),
-    "common": ({"side": "right"}, "has no kernel for common factors"),
 }
 
 

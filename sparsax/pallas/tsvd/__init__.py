@@ -4,6 +4,7 @@ import functools
 import typing
 
 import jax
+import jax.numpy as jnp
 
 from sparsax.pallas.activations import ACTIVATIONS
 from sparsax.pallas.support import DTYPES, on_hopper, vary
@@ -15,6 +16,18 @@ FUSED_FROM, FUSED_TILES = 512, 64  # the same of the fused kernel: rows, and til
 RESIDENT_TILES = 128  # tiles of its output, rows by 128, from which on "resident" has a GPU to fill
 FEW, FEW_TILES, FEW_RANKS = 16, 64, 27 * 64  # rows at most; tiles, or their ranks in all, at least
 ALIGNMENT = 64, 16  # what divides tiles and ranks: a chunk's columns, a matrix instruction's depth
+
+
+def as_tiles(tiles, common, side: typing.Literal["left", "right"]):
+    """`(u, v)` of a matrix whose tiles share a factor, as tiles with factors of their own.
+
+    One row of tiles as high as the matrix, which all have the common factor as v; or one column of
+    tiles, which all have it as u. It is so small that copies of it cost nothing.
+    """
+    if side == "right":
+        return tiles[None], jnp.broadcast_to(common, (tiles.shape[1], 1, *common.shape))
+    size, rank = common.shape
+    return jnp.broadcast_to(common[:, None], (len(tiles), size, 1, rank)), tiles[None]
 
 
 def tsvd_refusal(x, u, v, activation: str | None) -> str | None:

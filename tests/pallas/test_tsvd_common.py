@@ -1,0 +1,90 @@
+"""The kernels of tiles that share a factor against the float32 reference, interpreted, on a GPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsax import pallas, tsvd_common_matmul
+from sparsax.pallas import tsvd
+from tests.helpers import TOLERANCES, assert_near
+from tests.test_linear import Case, value_and_gradients
+
+OWN = (
+    Case(name="plain", M=(130,), D=192, F=256, tile=64, rank=32, dtype="bfloat16"),
+    Case(name="ragged_gelu", M=(3, 67), D=300, F=200, tile=128, rank=64, dtype="float16",
+         activation="gelu"),
+    Case(name="rank_16", M=(9,), D=128, F=320, tile=64, rank=16, dtype="bfloat16", bias=False),
+)  # fmt: skip
+# The features that are not cut into tiles are whole lines.
+WHOLE = {"right": {"D": 320}, "left": {"F": 192}}
+CASES = tuple(
+    dataclasses.replace(c, name=f"{side}_{c.name}", side=side, **whole)
+    for c in OWN
+    for side, whole in WHOLE.items()
+)
+BY_NAME = pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
+# What the kernel that keeps `x u` takes: one row of tiles, as high as the matrix.
+RESIDENT = Case(
+    name="resident", side="right", M=(330,), D=320, F=500, tile=128, rank=64, dtype="bfloat16",
+    activation="silu",
+)  # fmt: skip
+
+
+def check(c):
+    got = value_and_gradients(c, c.dtype, "pallas")
+    with jax.default_matmul_precision("highest"):
+        want = value_and_gradients(c, "float32", "reference")
+    tolerance = TOLERANCES[c.dtype]
+    assert got[0].dtype == jnp.dtype(c.dtype)
+    assert_near(got[0], want[0], tolerance.output, "y")
+    for one, other in zip(*map(jax.tree.leaves, (got[1], want[1])), strict=True):
+        assert_near(one, other, tolerance.gradient, "gradient")
+
+
+@BY_NAME
+def test_values_and_gradients_match_the_reference(c):
+    with pallas.interpreted():
+        check(c)
+
+
+def test_the_kernel_that_keeps_products_matches_the_reference(monkeypatch):
+    monkeypatch.setattr(tsvd, "best_schedule", lambda *_: "resident")
+    with pallas.interpreted():
+        check(RESIDENT)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_copies_of_the_common_factor_are_the_same_matrix(side):
+    _, factors, *_ = Case(name="copies", side=side, D=128, F=192, tile=64, rank=16).inputs()
+    u, v = pallas.as_tiles(factors.tiles, factors.common, side)
+    w = jnp.einsum("iajr,jirc->iajc", u, v).reshape(factors.to_dense().shape)
+    assert_near(w, factors.to_dense(), 1e-5, "w")
+
+
+@BY_NAME
+def test_a_product_lowers_to_kernels(c):
+    x, factors, bias, _ = c.inputs()
+    run = lambda *a: tsvd_common_matmul(*a, c.activation, implementation="pallas")
+    with pallas.lowering():
+        text = jax.jit(run).trace(x, factors, bias).lower(lowering_platforms=("cuda",)).as_text()
+    assert "tsvd_hidden" in text
+    assert "tsvd_out" in text
+
+
+@pytest.mark.gpu
+@BY_NAME
+def test_values_and_gradients_match_the_reference_on_a_gpu(c):
+    check(c)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_two_runs_give_the_same_bits_on_a_gpu(side):
+    c = Case(name="large", side=side, M=(4100,), D=1024, F=2048, tile=256, rank=64,
+             dtype="bfloat16")  # fmt: skip
+    check(c)
+    one, two = (value_and_gradients(c, c.dtype, "pallas") for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
