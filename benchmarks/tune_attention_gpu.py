@@ -1,20 +1,24 @@
 """Finds the tilings of the block-sparse kernels on this machine's Hopper GPU.
 
     python benchmarks/tune_attention_gpu.py
+    python benchmarks/tune_attention_gpu.py --features 96 --cases spion --beside &
+    python benchmarks/tune_attention_gpu.py --features 96 --cases full --beside
 
 For each head dim it times every candidate of the three kernels by the profiler, on a SPION-like
 pattern of density 0.1, on the full one, on the causal one with segments, whose tiles need masks, on
 BigBird's blocks of 64, and on the compound patterns of QDS and Longformer, the latter with padding,
-too; and prints the lines of the tables in `sparsax/pallas/block_sparse/config.py`. Parts of it
-(`--cases`, `--passes`) may run on a GPU each. A candidate whose result differs by more than
-rounding from that of the table is an error. bfloat16, 16 heads (QDS 12), blocks of 128 but for
-BigBird.
+too; and prints the lines of the tables in `sparsax/pallas/block_sparse/config.py`. Nearly all of the
+time goes into compiling: parts of it `--beside` each other share a GPU, and take turns to time. A
+candidate whose result differs by more than rounding from that of the table is an error. bfloat16,
+16 heads (QDS 12), blocks of 128 but for BigBird.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable
 
 import jax
@@ -22,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from compound_gpu import longformer, qds
 from gpu import BLOCK, kernels, spion_like
-from harness import save
+from resumed import Rows, turns_on_gpu
 
 import sparsax
 from sparsax.pallas import compound
@@ -63,6 +67,7 @@ TABLES = {
     "RANGED": ("qds", "longformer"),
 }
 TABLE_OF = {name: getattr(config, table) for table, names in TABLES.items() for name in names}
+KEY = "features", "kernel", "case"  # beside the fields of a tiling
 KERNELS = {
     "forward": "block_sparse_forward",
     "dq": "block_sparse_dq",
@@ -186,8 +191,8 @@ def assert_alike(got, want, tiling) -> None:
             raise AssertionError(f"{tiling} is wrong: relative error {error:.2e}")
 
 
-def tune(features: int, length: int, heads: int, only: list[str], passes: list[str]):
-    """Yields the time of every candidate in every case, a row each."""
+def tune(features: int, length: int, heads: int, only: list[str], passes: list[str], turn):
+    """Yields the time of every candidate in every case, a row each; nobody else's within `turn`."""
 
     def row(kernel, tiling, name, times):
         time = of_kernel(kernel, times)
@@ -198,14 +203,15 @@ def tune(features: int, length: int, heads: int, only: list[str], passes: list[s
     def times(name, run, args, first, tilings):
         """Of the kernels of a pass; None where shared memory is too small."""
         try:
-            result = run(*args)
+            run = run.lower(*args).compile()
         except ValueError as error:
             if "shared memory" not in str(error):
                 raise
             print(f"  H={features} {name:10s} {tilings} asks for too much memory", flush=True)
             return None
-        assert_alike(result, first, tilings)
-        return kernels(run, *args, calls=4)
+        with turn:
+            assert_alike(run(*args), first, tilings)
+            return kernels(run, *args, calls=4)
 
     for name, case in cases(features, length, heads).items():
         if name not in only:
@@ -263,15 +269,18 @@ def main() -> None:
     every_case = [name for names in TABLES.values() for name in names]
     parser.add_argument("--cases", nargs="+", default=every_case, choices=every_case)
     parser.add_argument("--passes", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--beside", action="store_true", help="of others like it: take turns")
     parser.add_argument("--name", default="tune_attention_gpu", help="of the result")
     args = parser.parse_args()
-    rows = []
+    turn = turns_on_gpu() if args.beside else contextlib.nullcontext()
+    done = Rows(args.name, KEY, beside=args.beside)
     for features in args.features:
-        for row in tune(features, args.length, args.heads, args.cases, args.passes):
-            rows.append(row)
-            save(args.name, rows)
+        begin = time.perf_counter()
+        for row in tune(features, args.length, args.heads, args.cases, args.passes, turn):
+            done.add(begin, row)
+            begin = time.perf_counter()
         for table, names in TABLES.items():
-            tilings = ", ".join(str(best(rows, features, x, names)) for x in KERNELS)
+            tilings = ", ".join(str(best(done.rows, features, x, names)) for x in KERNELS)
             print(f"    {table} {features}: Config({tilings}),")
 
 
