@@ -93,18 +93,22 @@ def per_col(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def copying(wg, teams: int | None = None) -> Callable[[Callable[..., None]], None]:
+def copying(
+    wg, teams: int | None = None, *, registers: bool = True
+) -> Callable[[Callable[..., None]], None]:
     """Has the copying warpgroup run what this decorates; with teams, a warp of it for each of them.
 
     A warpgroup gathers its warps before every copy; one warp need not, and leaves more of the
-    issue slots to the warpgroups that compute. It is told which team it copies for.
+    issue slots to the warpgroups that compute. It is told which team it copies for. Without
+    `registers` it gives none of its own away.
     """
     many = teams or 1
 
     def decorate(copy):
         @pl.when(wg == many * COMPUTE)
         def _():
-            plgpu.set_max_registers(REGISTERS[many][0], action="decrease")
+            if registers:
+                plgpu.set_max_registers(REGISTERS[many][0], action="decrease")
             of_warp = lambda warp: pl.when(warp < many)(lambda: copy(warp))
             copy() if teams is None else plgpu.warp_map(of_warp)
 

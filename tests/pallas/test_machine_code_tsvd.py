@@ -22,7 +22,8 @@ KERNELS = {
     [(8192, 256, 64, "fused"), (1000, 128, 128, "fused"), (1000, 64, 96, "fused"),
      (8192, 256, 32, "products"), (1000, 128, 48, "products"), (16, 256, 16, "products"),
      (8192, 1024, 64, "resident"), (1000, 512, 64, "resident"),
-     (1, 256, 128, "split"), (16, 256, 16, "split"), (64, 512, 64, "split")],
+     (1, 256, 128, "split"), (16, 256, 16, "split"), (64, 512, 64, "split"),
+     (1, 256, 64, "split"), (12, 256, 32, "split"), (16, 512, 128, "split")],
 )  # fmt: skip
 def test_products_overlap_and_registers_do_not_spill(rows, size, rank, schedule):
     module, root = "tests.pallas.compile_tsvd", Path(__file__).parents[2]
