@@ -325,6 +325,20 @@ class TensorCores:
 
         return pl.run_scoped(run, ACC(shape, jnp.float32))
 
+    def begin_early(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Lets the next kernel start beside this one, and waits for the end of the last.
+
+        A kernel that has this starts as soon as the one before it in the stream allows, or ends.
+        Whoever reads or writes global memory must have waited; before, `meanwhile` may bring to the
+        cache what will be read, whoever writes it: the cache is what all multiprocessors share.
+        """
+        if self.interpret:
+            return
+        if meanwhile is not None:
+            plgpu.griddepcontrol_launch_dependents()
+            meanwhile()
+        plgpu.griddepcontrol_wait()
+
     def release(self, ring: Ring, step: Any) -> None:
         """Gives back the slot of a step whose products are done."""
         self.before_release()

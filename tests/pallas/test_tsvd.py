@@ -293,6 +293,34 @@ def test_the_kernel_for_few_rows_matches_the_reference_on_the_gpu(c):
         np.testing.assert_array_equal(run(x, factors, bias), first)
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("rank", [16, 64, 128])
+def test_kernels_that_start_early_wait_for_what_they_read_on_the_gpu(rank):
+    """Layers in a row, whose factors and inputs kernels have written a moment before."""
+    c = Case(name="row", M=(2,), D=2048, F=2048, tile=256, rank=rank, dtype="bfloat16",
+             activation="silu")  # fmt: skip
+    x, factors, bias, _ = c.inputs()
+
+    def layers(x, scale, implementation):
+        for n in range(12):
+            share = (scale / (n + 1)).astype(x.dtype)
+            own = dataclasses.replace(factors, u=factors.u * share, v=factors.v * share)
+            for _ in range(3):
+                y = tsvd_matmul(x, own, bias, c.activation, implementation=implementation)
+                x = (y / jnp.sqrt(jnp.mean(jnp.square(y), dtype=jnp.float32))).astype(x.dtype)
+        for _ in range(4):
+            x = tsvd_matmul(x, factors, bias, c.activation, implementation=implementation)
+        return x
+
+    run = jax.jit(layers, static_argnums=2)
+    scale = jnp.float32(3)
+    first = run(x, scale, "pallas")
+    assert_near(first, run(x, scale, "reference"), 0.03, "y")
+    for _ in range(100):
+        np.testing.assert_array_equal(run(x, scale, "pallas"), first)
+
+
 REFUSED = {
     "float32": ({"dtype": "float32"}, "takes x and factors in one of .* got float32"),
     "rank": ({"rank": 24}, r"takes ranks in multiples of 16; got 24, see .*pad_rank\(16\)"),

@@ -4,6 +4,9 @@ A step of decoding takes as long as its weights take to arrive and a launch take
 layer is one launch. A thread block owns a column of tiles and a share of the tiles in it; what it
 adds up is a part of y, which the blocks of a column, a cluster, exchange (see `exchange`).
 
+Layers follow each other, so a kernel starts before the last one ends, with what it does not wait
+for: its blocks take their places, and the factors come to the cache.
+
 The second product is computed transposed, `v^T p^T`: a matrix instruction has 64 rows, which are
 columns of y then, and 8 columns at least, which are rows of x. Sums are as few as y has numbers.
 """
@@ -43,6 +46,7 @@ WIDTHS = (128, 256, 512)  # of a tile; each warpgroup has half of its columns
 DEPTH = 64
 PIECE = WG_ROWS, SLAB  # columns and rows of y that a warpgroup finishes at once
 CLUSTER, INTERPRETED = 8, 2  # thread blocks of one at most; those that interpret mode has room for
+EARLY = 2  # tiles whose factors are brought to the cache while the kernel before still runs
 BIASES = ("float32", "bfloat16", "float16")  # as they are
 
 
@@ -160,6 +164,14 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
 
         @copying(wg, teams=1, registers=registers)
         def copy_tiles(_):
+            def fetch(n, _):
+                """Has a tile's factors brought to the cache."""
+                high = math.gcd(size, 256)  # a copy's most
+                for begin in range(0, size, high):
+                    plgpu.async_prefetch(u_ref.at[first + n, pl.ds(begin, high), j])
+                for w in range(COMPUTE):
+                    plgpu.async_prefetch(v_ref.at[j, first + n, :, pl.ds(w * half, half)])
+
             def fill(n, _):
                 for chunk in range(chunks):
                     step, inner = n * chunks + chunk, pl.ds(chunk * DEPTH, DEPTH)
@@ -177,6 +189,8 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
                     part = v_ref.at[j, first + n, :, pl.ds(w * half, half)]
                     plgpu.copy_gmem_to_smem(part, v_smem.at[slot, w], v_ring.filled.at[slot])
 
+            soon = jnp.minimum(count, EARLY)
+            cores.begin_early(lambda: lax.fori_loop(0, soon, fetch, None))
             lax.fori_loop(0, count, fill, None)
             ring.drain(count * chunks)
             v_ring.drain(count)
@@ -185,6 +199,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
         def multiply():
             if registers:
                 plgpu.set_max_registers(232, action="increase")
+            cores.begin_early()
             room = Room(outputs=tuple(rest), **scratch)
 
             def hidden(n):
