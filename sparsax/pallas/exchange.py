@@ -24,9 +24,9 @@ from sparsax.pallas.hopper import COMPUTE, MATRIX
 class Exchange:
     """Room for float32 parts, `slots` sums of one part of every block.
 
-    A part goes straight to shared memory of the block that adds it up, which Pallas has no call
-    for, nor interpret mode a stand-in: there it goes through global memory, an output more, and a
-    barrier of the cluster is one of copies. Nothing else differs.
+    A part goes from registers to shared memory of the block that adds it up. Pallas has no call for
+    that in 0.11, nor has interpret mode: there it goes through global memory, one more output, and
+    the blocks meet at a barrier in shared memory. Nothing else differs.
     """
 
     blocks: int  # of a cluster
@@ -72,10 +72,11 @@ class Room:
     def meet(self) -> None:
         """Waits until all that the cluster's blocks sent is there.
 
-        Every thread that sends arrives at the cluster's barrier with its stores released, and sees
-        with the acquiring wait what all others released. The warpgroup that copies need not arrive:
-        threads that have left count as arrived. Every block waits, so that none has left, and its
-        shared memory with it, while others still send.
+        Every thread that sends arrives at the hardware's barrier of the cluster with its stores
+        released, and the wait acquires what all others released, so that ordinary loads of shared
+        memory find it. The warpgroup that copies need not arrive: threads that have left count as
+        arrived. Every block waits, so that none has left, and its shared memory with it, while
+        others still send; that all have started, Mosaic waits for before the kernel's body.
         """
         if self.outputs:
             plgpu.barrier_arrive(self.meeting)
