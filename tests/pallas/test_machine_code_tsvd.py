@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsax.pallas.tsvd.split import large, slabs
+from sparsax.pallas.tsvd.shares import large, slabs
 from tests.pallas.test_machine_code import SERIALISED, pytestmark  # noqa: F401
 
 KERNELS = {

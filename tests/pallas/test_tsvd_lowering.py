@@ -10,7 +10,7 @@ import pytest
 
 from sparsax import TiledFactors, pallas, tsvd_matmul
 from sparsax.pallas import tsvd
-from sparsax.pallas.tsvd import products, resident, split
+from sparsax.pallas.tsvd import products, resident, shares
 from tests.helpers import launched
 from tests.pallas.cases import cells
 from tests.pallas.test_tsvd import CASES
@@ -118,7 +118,7 @@ def test_a_layer_of_few_rows_is_one_launch(rows, dtype):
 def few_tiling(rows, num_in, num_out, rank, width=256):
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     u, v = of(num_in, 256, num_out, rank), of(num_out, num_in, rank, width)
-    return split.Tiling.of(u, v, rows)
+    return shares.Tiling.of(u, v, rows)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +128,12 @@ def few_tiling(rows, num_in, num_out, rank, width=256):
      (1, 16, 43, 32, (8, 2, 3)), (1, 16, 43, 128, (6, 1, 2)), (1, 16, 100, 16, (8, 2, 1))],
 )  # fmt: skip
 def test_how_a_column_of_tiles_is_shared(rows, num_in, num_out, rank, wanted):
-    assert few_tiling(rows, num_in, num_out, rank) == split.Tiling(*wanted)
+    assert few_tiling(rows, num_in, num_out, rank) == shares.Tiling(*wanted)
 
 
 def test_few_rows_have_a_tiling_whatever_their_number():
     for rows, rank, width in itertools.product((1, 8, 15, 16, 33, 64), range(16, 129, 16),
-                                               split.WIDTHS):  # fmt: skip
+                                               shares.WIDTHS):  # fmt: skip
         tiling = few_tiling(rows, 16, 16, rank, width)
         assert tiling is not None
 
@@ -144,7 +144,7 @@ def test_few_rows_have_a_tiling_whatever_their_number():
      (16, (2, 8)), (22, (3, 8)), (63, (8, 8)), (64, (8, 8))],
 )  # fmt: skip
 def test_how_rows_are_cut_into_slabs(rows, wanted):
-    assert split.slabs(rows) == wanted
+    assert shares.slabs(rows) == wanted
 
 
 @pytest.mark.parametrize(
