@@ -24,7 +24,7 @@ pytestmark = [
 # first tile of the next row; 256 features do not fit in the registers.
 SPILLS = {
     (128, False): {"dkv": 16},
-    (128, True): {"dkv": 156},
+    (128, True): {"dkv": 168},
     (256, False): {"dq": 140},
     (256, True): {"dq": 196, "dkv": 88},
 }

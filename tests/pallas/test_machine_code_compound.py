@@ -14,14 +14,14 @@ from tests.pallas.test_machine_code import pytestmark as pytestmark
 # the mask, ids of keys, the code that cuts long rows, and a row's sums beside the first tile of the
 # next row want registers.
 SPILLS = {
-    32: {"dq": 48, "dkv": 56},
+    32: {"dq": 76, "dkv": 56},
     64: {"forward": 92},
-    96: {"forward": 72, "dkv": 56},
-    128: {"forward": 84, "dq": 60, "dkv": 236},
+    96: {"forward": 72, "dkv": 96},
+    128: {"forward": 84, "dq": 60, "dkv": 244},
 }
 # Without a rule.
 OF_BITS = {
-    32: {"dkv": 16},
+    32: {"dq": 8, "dkv": 16},
     64: {"dq": 68},
     96: {"forward": 4, "dkv": 52},
     128: {"forward": 4, "dq": 4, "dkv": 244},
