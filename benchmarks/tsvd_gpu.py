@@ -6,7 +6,8 @@
 
 bfloat16, random factors, the layers of GPT-2 and Llama-7B. Beside the dense matmul (cuBLAS): plain
 SVD of equal budget, two dense matmuls; TSVD through XLA and through the Hopper kernels, two batched
-products, one fused kernel, or one for few rows, by size of the tiles; TSVD-common on both sides.
+products, one fused kernel, or one for few rows, by size of the tiles; TSVD-common on both sides,
+through XLA and the same kernels.
 Milliseconds are medians over runs of calls inside one program. Up to `--chain` rows, where a call
 ends before the next could be dispatched, they are those of a layer in a chain of 16 with weights of
 their own, up and down again; "x" is the dense time over the way's. Values of the kernels are
@@ -36,6 +37,7 @@ SHAPES = {
 }  # fmt: skip
 QUICK = ["gpt2-m up", "llama-7b out"]
 KERNELS = ("products", "fused", "resident", "split")
+COMMON = ("products", "resident")  # those that TSVD-common is timed with
 CHAINED = 16  # layers; too many for the L2 cache where they are large
 
 
@@ -73,35 +75,50 @@ def times_tiled(x, u, v, implementation: str):
 
 
 def times_common(x, tiles, shared, side: str):
-    return sparsax.tsvd_common_matmul(x, CommonFactors(tiles, shared, pad=0, side=side))
+    factors = CommonFactors(tiles, shared, pad=0, side=side)
+    return sparsax.tsvd_common_matmul(x, factors, implementation="xla")
 
 
-def scheduled(x, u, v, schedule: str):
-    """The kernels' forward pass in one of its forms."""
+def scheduled(x, u, v, schedule: str, side: str | None = None):
+    """The kernels' forward pass in one of its forms; with a side, of common factors."""
+    if side is not None:
+        u, v = pallas.as_tiles(u, v, side)
     options = {"schedule": schedule, "interpret": pallas.interpret()}
     return pallas.tsvd_forward(x, u, v, None, activation=None, **options)
 
 
 def ways(args, ratio: float, k: int, n: int) -> dict:
-    """`(weights of a layer k x n, product)` by name; a tile must divide both."""
-    found = {"svd": (partial(svd, ratio), lambda x, u, v: (x @ u) @ v)}
-    for side in ("right", "left"):
-        make = partial(common, side, args.common_tile, ratio)
-        found[f"common {side}"] = make, partial(times_common, side=side)
-    for size in (size for size in args.tiles if k % size == n % size == 0):
-        make = partial(tiled, size, ratio)
-        found[f"xla {size}"] = make, partial(times_tiled, implementation="xla")
-        if args.kernels:
-            for schedule in KERNELS:
-                found[f"{schedule} {size}"] = make, partial(scheduled, schedule=schedule)
-    return {name: way for name, way in found.items() if name.split()[0] in args.ways}
+    """`(weights of a layer k x n, product, portable product or None)`; a tile must divide both.
+
+    By name: of a way, then of a side, then of a size. A kernel has a portable product beside it.
+    """
+    found = {"svd": (partial(svd, ratio), lambda x, u, v: (x @ u) @ v, None)}
+    fitting = lambda sizes: (size for size in sizes if k % size == n % size == 0)
+    for side, size in itertools.product(("right", "left"), fitting(args.common_tiles)):
+        make, portable = partial(common, side, size, ratio), partial(times_common, side=side)
+        found[f"common {side} {size}"] = make, portable, None
+        for schedule in COMMON if args.kernels and round(size / ratio) % 16 == 0 else ():
+            product = partial(scheduled, schedule=schedule, side=side)
+            found[f"common-{schedule} {side} {size}"] = make, product, portable
+    for size in fitting(args.tiles):
+        make, portable = partial(tiled, size, ratio), partial(times_tiled, implementation="xla")
+        found[f"xla {size}"] = make, portable, None
+        for schedule in KERNELS if args.kernels else ():
+            product = partial(scheduled, schedule=schedule)
+            found[f"{schedule} {size}"] = make, product, portable
+    wanted = lambda name: name.split()[0].split("-")[0] in args.ways
+    return {name: way for name, way in found.items() if wanted(name)}
 
 
 def takes(name: str, rows: int, weights) -> bool:
     """Whether the kernel has a form for these rows and factors."""
-    if name.startswith("split") and rows > pallas.tsvd.split.ROWS:
+    way, *rest = name.split()
+    if way == "split" and rows > pallas.tsvd.split.ROWS:
         return False
-    form = getattr(pallas.tsvd, name.split()[0], None)  # the module of a schedule
+    if way.startswith("common-"):
+        way = way.removeprefix("common-")
+        weights = jax.eval_shape(partial(pallas.as_tiles, side=rest[0]), *weights)
+    form = getattr(pallas.tsvd, way, None)  # the module of a schedule
     return not hasattr(form, "Tiling") or form.Tiling.of(*weights) is not None
 
 
@@ -119,18 +136,18 @@ def relative_error(name: str, got, want) -> float:
     return found
 
 
-def check(pool, name: str, make, product, rows: int, k: int, n: int):
+def check(pool, name: str, make, product, portable, rows: int, k: int, n: int):
     """A function that gives the error beside the portable implementation's product.
 
     What it needs is compiled in the pool, as in the next two.
     """
     x, weights = lambda: [draw(0, rows, k)], lambda: make(k, n, 2)
     compile_ = lambda function: pool.submit(lowered(jax.jit(function), x, weights).compile)
-    mine, portable = compile_(product), compile_(partial(times_tiled, implementation="xla"))
+    mine, other = compile_(product), compile_(portable)
 
     def error() -> float:
         arguments = *x(), *weights()
-        return relative_error(name, mine.result()(*arguments), portable.result()(*arguments))
+        return relative_error(name, mine.result()(*arguments), other.result()(*arguments))
 
     return error
 
@@ -179,15 +196,15 @@ def start(pool, args, layer: str, rows: int, ratio: float) -> dict:
     found = {"errors": {}, "ms": {"dense": timed(dense, jnp.matmul)}}
     if backward:
         found["both_ms"] = {"dense": timed(dense, gradients(jnp.matmul))}
-    for name, (make, product) in ways(args, ratio, k, n).items():
+    for name, (make, product, portable) in ways(args, ratio, k, n).items():
         sizes = ((k, n), (n, k)) if rows <= args.chain else ((k, n),)
         shapes = (jax.eval_shape(partial(make, *size, 2)) for size in sizes)
         if not all(takes(name, rows, weights) for weights in shapes):
             continue
-        if name.split()[0] in KERNELS:
-            found["errors"][name] = check(pool, name, make, product, rows, k, n)
+        if portable is not None:
+            found["errors"][name] = check(pool, name, make, product, portable, rows, k, n)
         found["ms"][name] = timed(make, product)
-        if backward and not name.startswith(KERNELS[1:]):
+        if backward and not name.startswith((*KERNELS[1:], "common-")):
             kernels = partial(times_tiled, implementation="pallas")
             both = gradients(kernels if name.startswith("products") else product)
             found["both_ms"][name] = timed(make, both)
@@ -208,7 +225,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 512, 4096, 8192])
     parser.add_argument("--ratios", type=float, nargs="+", default=[2, 4, 8])
     parser.add_argument("--tiles", type=int, nargs="+", default=[256, 512, 1024])
-    parser.add_argument("--common-tile", type=int, default=128)
+    parser.add_argument("--common-tiles", type=int, nargs="+", default=[128, 256, 512])
     kinds = ["svd", "common", "xla", *KERNELS]
     parser.add_argument("--ways", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--chain", type=int, default=16, help="up to so many rows")

@@ -9,6 +9,7 @@ import pytest
 
 from sparsax import pallas, tsvd_common_matmul
 from sparsax.pallas import tsvd
+from sparsax.pallas.tsvd import resident
 from tests.helpers import TOLERANCES, assert_near
 from tests.test_linear import Case, value_and_gradients
 
@@ -50,10 +51,41 @@ def test_values_and_gradients_match_the_reference(c):
         check(c)
 
 
-def test_the_kernel_that_keeps_products_matches_the_reference(monkeypatch):
+@pytest.fixture(params=["narrow", "wide"])
+def only_resident(request, fresh, monkeypatch):
+    """The one schedule, with columns of tiles in groups where a GPU is small enough."""
     monkeypatch.setattr(tsvd, "best_schedule", lambda *_: "resident")
+    if request.param == "wide":
+        monkeypatch.setattr(resident, "multiprocessors", lambda: 1)
+
+
+@pytest.mark.usefixtures("only_resident")
+def test_the_kernel_that_keeps_products_matches_the_reference():
     with pallas.interpreted():
         check(RESIDENT)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("only_resident")
+def test_the_kernel_that_keeps_products_matches_the_reference_on_a_gpu():
+    check(RESIDENT)
+
+
+@pytest.mark.parametrize(
+    ("rank", "columns", "rows", "group"),
+    [(128, 256, 8192, 2), (64, 256, 8192, 4), (64, 512, 64, 1)],
+)
+def test_of_one_row_of_tiles_the_products_are_as_wide_as_they_can_be(rank, columns, rows, group):
+    num_out = 4096 // columns
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+    u, v = shape(1, 4096, num_out, rank), shape(num_out, 1, rank, columns)
+    tiling = resident.Tiling.of(u, v, rows)
+    assert tiling.group == group
+    assert tiling.in_place(u)
+    x = shape(rows, 4096)
+    with pallas.lowering():
+        run = jax.jit(lambda *a: resident.forward(*a, None, activation=None))
+        assert "tsvd_resident" in run.trace(x, u, v).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -3,10 +3,12 @@
 A thread block owns rows and a few columns of tiles. First it computes all that these need of `x u`,
 one row of tiles after another; then it multiplies that with v, a piece of y at a time. Nothing is
 computed twice and nothing but y is written, while tiles may be larger than registers could hold
-(`fused` cuts none). The price is shared memory: I R numbers for each row and column of tiles.
+(`fused` cuts none). The price is shared memory: I R numbers for each row and column of tiles; but
+of one row of tiles, whose `x u` is there only when all of x was read, they take x's place.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparsax.pallas.activations import ACTIVATIONS
-from sparsax.pallas.grouped_matmul.product import CHUNK, each_chunk
+from sparsax.pallas.grouped_matmul.product import CHUNK, CHUNKS, each_chunk
 from sparsax.pallas.grouped_matmul.tables import DEPTH
 from sparsax.pallas.hopper import (
     COL,
@@ -33,7 +35,8 @@ from sparsax.pallas.hopper import (
     shared,
 )
 
-WIDTHS = (128, 64)  # columns of a tile of either product: the wider the less is read
+WIDTHS = (256, 128, 64)  # columns of a tile of the first product: the wider the less is read
+PANEL = 128  # of them side by side in shared memory, and the most of a tile of the second product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +57,29 @@ class Tiling:
         Columns are grouped where that leaves no multiprocessor without work. With five slots for
         tiles it took 1.1 times as long as with eight, with three 1.5 times.
         """
-        (_, size, num_out, rank), columns = u.shape, v.shape[3]
+        (num_in, size, num_out, rank), columns = u.shape, v.shape[3]
         if rank % DEPTH or size % DEPTH:
             return None
         items = lambda group: -(-rows // ROWS) * num_out // group
         groups = [w // rank for w in WIDTHS if w % rank == columns % w == 0]
-        groups = [g for g in groups if num_out % g == 0]
+        groups = [g for g in groups if num_out % g == 0 and (num_in == 1 or g * rank <= PANEL)]
         busy = [g for g in groups if items(g) >= multiprocessors()]
-        tilings = (Tiling(g, stages) for g in busy or groups[-1:] for stages in (8, 6, 5))
+        # A slot of 256 columns holds as much as two of 128, so four of them do.
+        least = lambda group: 4 if group * rank > PANEL else 5
+        tilings = (Tiling(g, n) for g in busy or groups[-1:] for n in (8, 6, 5, 4) if n >= least(g))
         return next((t for t in tilings if t.bytes(u) <= SHARED_BYTES), None)
+
+    def in_place(self, u) -> bool:
+        """Whether `x u` takes x's place."""
+        num_in, _, _, rank = u.shape
+        return num_in == 1 and self.stages * DEPTH >= self.group * rank
 
     def bytes(self, u) -> int:
         """What a thread block needs of shared memory for 16-bit arrays, barriers apart."""
         num_in, _, _, rank = u.shape
         width = self.group * rank
-        return 2 * (self.stages * DEPTH * (ROWS + width) + ROWS * num_in * width)
+        more = CHUNKS * CHUNK if self.in_place(u) else num_in * width
+        return 2 * (self.stages * DEPTH * (ROWS + width) + ROWS * more)
 
 
 def forward(x, u, v, bias, *, activation: str | None, interpret=None, tiling: Tiling | None = None):
@@ -86,14 +97,15 @@ def forward(x, u, v, bias, *, activation: str | None, interpret=None, tiling: Ti
 def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
     """A function of `(x, u [I*A, J*R], v [J*I*R, C], [bias])` that returns `y [M, J*C]`."""
     (num_in, size, num_out, rank), columns = u.shape, v.shape[3]
-    group, stages = tiling.group, tiling.stages
+    group, stages, in_place = tiling.group, tiling.stages, tiling.in_place(u)
     width, groups, rows = group * rank, num_out // group, len(x)
+    panel, panels = min(width, PANEL), max(1, width // PANEL)
     cores = TensorCores(interpret is not None)
     steps, lines = size // DEPTH, rank // DEPTH  # of a row of tiles; of its ranks
     inner, pieces = num_in * lines, columns // width  # steps of a piece of y; pieces of a tile
     first_steps = num_in * steps
 
-    def kernel(*refs, x_smem, b_smem, p_smem, x_bars, b_bars):
+    def kernel(*refs, x_smem, b_smem, more_smem, x_bars, b_bars):
         x_ref, u_ref, v_ref, *rest = refs
         bias_ref = rest.pop(0) if has_bias else None
         (y_ref,) = rest
@@ -108,12 +120,20 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
             tile = lax.div(n, jnp.int32(pieces))
             return tile, n - tile * pieces
 
+        def first_column(n, side):
+            """Of a panel of piece n, in panels."""
+            tile, piece = place(n)
+            return ((own * group + tile) * pieces + piece) * panels + side
+
         @copying(wg, teams=1)
         def copy_tiles(_):
-            def bring(source, step):
+            def bring(source, depth, first, step):
+                """Panels side by side of a factor."""
                 ring.reserve(step)
                 slot = ring.slot(step)
-                plgpu.copy_gmem_to_smem(source, b_smem.at[slot], ring.filled.at[slot])
+                for side in range(panels):
+                    part = source.at[depth, pl.ds((first + side) * panel, panel)]
+                    plgpu.copy_gmem_to_smem(part, b_smem.at[slot, side], ring.filled.at[slot])
 
             def fill(step, _):
                 slot, depth = x_ring.slot(step), pl.ds(step * DEPTH, DEPTH)
@@ -121,14 +141,13 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
                 for half in range(COMPUTE):
                     source = x_ref.at[pl.ds((part + half) * WG_ROWS, WG_ROWS), depth]
                     plgpu.copy_gmem_to_smem(source, x_smem.at[half, slot], x_ring.filled.at[slot])
-                bring(u_ref.at[depth, pl.ds(own * width, width)], step)
+                bring(u_ref, depth, own * panels, step)
 
             def fill_piece(n, _):
                 tile, piece = place(n)
                 for k in range(inner):
                     depth = pl.ds(((own * group + tile) * inner + k) * DEPTH, DEPTH)
-                    source = v_ref.at[depth, pl.ds(piece * width, width)]
-                    bring(source, first_steps + n * inner + k)
+                    bring(v_ref, depth, piece * panels, first_steps + n * inner + k)
 
             lax.fori_loop(0, first_steps, fill, None)
             lax.fori_loop(0, group * pieces, fill_piece, None)
@@ -139,6 +158,8 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
         def multiply():
             plgpu.set_max_registers(232, action="increase")
 
+            kept_smem, staging = (x_smem, more_smem) if in_place else (more_smem, x_smem)
+
             def hidden(i, meanwhile):
                 """`x_i u_i`, for all ranks of the group."""
 
@@ -146,42 +167,47 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
                     step = i * steps + k
                     x_ring.wait(step)
                     ring.wait(step)
-                    return x_smem.at[wg, x_ring.slot(step)], b_smem.at[ring.slot(step)]
+                    sides = [b_smem.at[ring.slot(step), side] for side in range(panels)]
+                    return x_smem.at[wg, x_ring.slot(step)], sides
 
                 def release(k):
                     x_ring.release(i * steps + k)
                     ring.release(i * steps + k)
 
-                sums = cores.sum_beside((WG_ROWS, width), steps, operands, release, meanwhile)
-                return sums.astype(x.dtype)
+                if panels > 1:  # there is nothing to do meanwhile
+                    sums = cores.sums((WG_ROWS, panel), panels, steps, operands, release)
+                    return [p.astype(x.dtype) for p in sums]
+                one = lambda k: (lambda a, sides: (a, sides[0]))(*operands(k))
+                p = cores.sum_beside((WG_ROWS, panel), steps, one, release, meanwhile)
+                return [p.astype(x.dtype)]
 
             def keep(i, p):
-                for tile in range(group):
-                    for line in range(lines):
-                        begin = tile * rank + line * DEPTH
-                        goal = p_smem.at[wg, tile, i * lines + line]
-                        goal[...] = p[:, begin : begin + DEPTH]
+                for tile, line in itertools.product(range(group), range(lines)):
+                    side, begin = divmod(tile * rank + line * DEPTH, panel)
+                    goal = kept_smem.at[wg, tile * inner + i * lines + line]
+                    goal[...] = p[side][:, begin : begin + DEPTH]
 
-            def output(n, meanwhile):
-                """Piece n of y."""
-                tile, piece = place(n)
-                begin = first_steps + n * inner
+            def output(m, meanwhile):
+                """A panel of a piece of y: the panels of a piece share its slots."""
+                n = lax.div(m, jnp.int32(panels))
+                side, begin = m - n * panels, first_steps + n * inner
+                tile, _ = place(n)
 
                 def operands(k):
-                    ring.wait(begin + k)
-                    return p_smem.at[wg, tile, k], b_smem.at[ring.slot(begin + k)]
+                    pl.when(side == 0)(lambda: ring.wait(begin + k))
+                    return kept_smem.at[wg, tile * inner + k], b_smem.at[ring.slot(begin + k), side]
 
-                release = lambda k: ring.release(begin + k)
-                y = cores.sum_beside((WG_ROWS, width), inner, operands, release, meanwhile)
+                release = lambda k: pl.when(side == panels - 1)(lambda: ring.release(begin + k))
+                y = cores.sum_beside((WG_ROWS, panel), inner, operands, release, meanwhile)
                 if bias_ref is not None:
-                    at = pl.ds(((own * group + tile) * pieces + piece) * width, width)
+                    at = pl.ds(first_column(n, side) * panel, panel)
                     row = plgpu.load(bias_ref.at[at], layout=COL, optimized=False)
                     y = y + per_col(row, y.shape)
                 return (y if activation is None else activation(y)).astype(x.dtype)
 
-            def store(n, y):
-                tile, piece = place(n)
-                begin = ((own * group + tile) * pieces + piece) * (width // CHUNK)
+            def store(m, y):
+                n = lax.div(m, jnp.int32(panels))
+                begin = first_column(n, m - n * panels) * (panel // CHUNK)
 
                 def copy(chunk, at):
                     at_rows = pl.ds((part + wg) * WG_ROWS, WG_ROWS)
@@ -189,7 +215,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
                     there = (part + wg) * WG_ROWS < rows
                     pl.when(there)(lambda: plgpu.copy_smem_to_gmem(chunk, goal))
 
-                each_chunk(y, x_smem.at[wg], x.dtype, copy)  # all of x was read
+                each_chunk(y, staging.at[wg], x.dtype, copy)
 
             def last_first(count, compute, use):
                 """`use(i, compute(i))` for all, beside the products of the next one."""
@@ -199,7 +225,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
 
             last_first(num_in, hidden, keep)
             plgpu.commit_smem()
-            last_first(group * pieces, output, store)
+            last_first(group * pieces * panels, output, store)
             plgpu.wait_smem_to_gmem(0)
 
     return launch(
@@ -207,8 +233,10 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
         (jax.ShapeDtypeStruct((rows, num_out * columns), x.dtype),), interpret,
         teams=1,
         x_smem=shared((COMPUTE, stages, WG_ROWS, DEPTH), x.dtype),
-        b_smem=shared((stages, DEPTH, width), x.dtype),
-        p_smem=shared((COMPUTE, group, inner, WG_ROWS, DEPTH), x.dtype),
+        b_smem=shared((stages, panels, DEPTH, panel), x.dtype),
+        more_smem=shared(
+            (COMPUTE, CHUNKS if in_place else group * inner, WG_ROWS, DEPTH), x.dtype
+        ),
         x_bars=Ring.barriers(stages, COMPUTE),
-        b_bars=Ring.barriers(stages, 1),
+        b_bars=Ring.barriers(stages, panels),
     )  # fmt: skip
