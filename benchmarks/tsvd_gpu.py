@@ -37,7 +37,8 @@ SHAPES = {
 }  # fmt: skip
 QUICK = ["gpt2-m up", "llama-7b out"]
 KERNELS = ("products", "fused", "resident", "split")
-COMMON = ("products", "resident")  # those that TSVD-common is timed with
+COMMON = ("products", "resident")  # those that TSVD-common is timed with, from more rows on
+MOST_FEW = 64
 CHAINED = 16  # layers; too many for the L2 cache where they are large
 
 
@@ -116,6 +117,8 @@ def takes(name: str, rows: int, weights) -> bool:
     if way == "split" and rows > pallas.tsvd.split.ROWS:
         return False
     if way.startswith("common-"):
+        if rows <= MOST_FEW:
+            return False
         way = way.removeprefix("common-")
         weights = jax.eval_shape(partial(pallas.as_tiles, side=rest[0]), *weights)
     form = getattr(pallas.tsvd, way, None)  # the module of a schedule

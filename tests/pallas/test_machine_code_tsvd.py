@@ -18,10 +18,10 @@ KERNELS = {
 }
 
 
-def compiled(rows, size, rank, schedule):
+def compiled(rows, size, rank, schedule, *height):
     """What the assembler said."""
     module, root = "tests.pallas.compile_tsvd", Path(__file__).parents[2]
-    command = [sys.executable, "-m", module, str(rows), str(size), str(rank), schedule]
+    command = [sys.executable, "-m", module, *map(str, (rows, size, rank, schedule, *height))]
     run = subprocess.run(
         command, cwd=root, capture_output=True, text=True, timeout=300, check=False
     )
@@ -42,6 +42,13 @@ def test_products_overlap_and_registers_do_not_spill(rows, size, rank, schedule)
     said = compiled(rows, size, rank, schedule)
     kernels = set(re.findall(r"Function properties for tsvd_(\w+?)_mosaic", said))
     assert sorted(kernels) == KERNELS[schedule]
+    assert not SERIALISED.search(said)
+    assert set(re.findall(r"(\d+) bytes spill stores", said)) == {"0"}
+
+
+@pytest.mark.parametrize("rank", [64, 128])
+def test_of_one_row_of_tiles_nothing_spills(rank):
+    said = compiled(8192, 256, rank, "resident", 4096)
     assert not SERIALISED.search(said)
     assert set(re.findall(r"(\d+) bytes spill stores", said)) == {"0"}
 
