@@ -5,7 +5,7 @@ import os
 
 # Threads of XLA's pool. Of an interpreted kernel each thread that waits at a barrier holds one, and
 # who called the kernel another: with as few as the machine has cores they can wait for ever.
-os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("NPROC", "8")
 
 import jax
 import jaxtyping

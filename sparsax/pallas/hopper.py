@@ -93,22 +93,18 @@ def per_col(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def copying(
-    wg, teams: int | None = None, *, registers: bool = True
-) -> Callable[[Callable[..., None]], None]:
+def copying(wg, teams: int | None = None) -> Callable[[Callable[..., None]], None]:
     """Has the copying warpgroup run what this decorates; with teams, a warp of it for each of them.
 
     A warpgroup gathers its warps before every copy; one warp need not, and leaves more of the
-    issue slots to the warpgroups that compute. It is told which team it copies for. Without
-    `registers` it gives none of its own away.
+    issue slots to the warpgroups that compute. It is told which team it copies for.
     """
     many = teams or 1
 
     def decorate(copy):
         @pl.when(wg == many * COMPUTE)
         def _():
-            if registers:
-                plgpu.set_max_registers(REGISTERS[many][0], action="decrease")
+            plgpu.set_max_registers(REGISTERS[many][0], action="decrease")
             of_warp = lambda warp: pl.when(warp < many)(lambda: copy(warp))
             copy() if teams is None else plgpu.warp_map(of_warp)
 
@@ -324,20 +320,6 @@ class TensorCores:
             return value
 
         return pl.run_scoped(run, ACC(shape, jnp.float32))
-
-    def begin_early(self, meanwhile: Callable[[], None] | None = None) -> None:
-        """Lets the next kernel start beside this one, and waits for the end of the last.
-
-        A kernel that has this starts as soon as the one before it in the stream allows, or ends.
-        Whoever reads or writes global memory must have waited; before, `meanwhile` may bring to the
-        cache what will be read, whoever writes it: the cache is what all multiprocessors share.
-        """
-        if self.interpret:
-            return
-        if meanwhile is not None:
-            plgpu.griddepcontrol_launch_dependents()
-            meanwhile()
-        plgpu.griddepcontrol_wait()
 
     def release(self, ring: Ring, step: Any) -> None:
         """Gives back the slot of a step whose products are done."""

@@ -46,8 +46,7 @@ RESIDENT = (
     Case(name="resident_odd", M=(70,), D=384, F=576, tile=(128, 192), rank=64, dtype="bfloat16"),
 )  # fmt: skip
 
-# What the kernel for few rows takes: every rank's and tile's lines, shares that are not equal; one
-# slab of rows, slabs that are not full, and rows that cannot be cut into slabs.
+# What the kernel for few rows takes: every rank's and tile's lines, shares that are not equal.
 FEW = (
     Case(name="few", M=(1,), D=300, F=250, tile=128, rank=32, dtype="bfloat16"),
     Case(name="few_gelu", M=(2, 9), D=384, F=500, tile=(64, 128), rank=16, dtype="float16",
@@ -56,16 +55,6 @@ FEW = (
          bias=False),
     Case(name="few_silu", M=(16,), D=320, F=512, tile=(64, 256), rank=128, dtype="bfloat16",
          activation="silu"),
-    Case(name="few_three", M=(3,), D=512, F=512, tile=256, rank=64, dtype="float16",
-         activation="gelu"),
-    Case(name="few_eight", M=(8,), D=192, F=128, tile=(64, 128), rank=48, dtype="bfloat16",
-         activation="relu", bias=False),
-    Case(name="few_twelve", M=(12,), D=192, F=256, tile=(64, 256), rank=32, dtype="bfloat16"),
-    Case(name="few_thirteen", M=(13,), D=128, F=256, tile=(64, 128), rank=32, dtype="float16",
-         activation="silu"),
-    Case(name="few_64", M=(64,), D=192, F=256, tile=(64, 256), rank=16, dtype="bfloat16",
-         activation="gelu"),
-    Case(name="few_alone", M=(5,), D=64, F=256, tile=(64, 256), rank=32, dtype="bfloat16"),
 )  # fmt: skip
 
 
@@ -98,6 +87,7 @@ def few_blocks(fresh, monkeypatch):
     """Four thread blocks: products are wide, clusters share copies, and all walk over tiles."""
     monkeypatch.setattr(product, "multiprocessors", lambda: 4)
     monkeypatch.setattr(products, "multiprocessors", lambda: 4)
+    monkeypatch.setattr(split, "multiprocessors", lambda: 4)
 
 
 @BY_NAME
@@ -147,33 +137,6 @@ def test_the_kernel_for_few_rows_matches_the_reference(c):
         forward_is_near(c)
 
 
-@pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize("blocks", [1, 3, 4])
-def test_parts_are_added_in_order_whatever_the_cluster(blocks, fresh, monkeypatch):
-    monkeypatch.setattr(split, "INTERPRETED", blocks)
-    c = Case(name="order", M=(9,), D=320, F=512, tile=(64, 256), rank=32, dtype="bfloat16",
-             activation="gelu")  # fmt: skip
-    x, factors, bias, _ = c.inputs()
-    run = lambda *a: tsvd_matmul(*a, c.activation, implementation="pallas")
-    with pallas.interpreted():
-        one, two = (jax.jit(run)(x, factors, bias) for _ in range(2))
-        jaxpr = str(jax.make_jaxpr(run)(x, factors, bias))
-    assert f"cluster={(blocks,) if blocks > 1 else ()}" in jaxpr
-    np.testing.assert_array_equal(one, two)
-    want = tsvd_matmul(x, factors, bias, c.activation, implementation="reference")
-    assert_near(one, want, TOLERANCES[c.dtype].output, "y")
-
-
-@pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_bias_of_another_dtype_is_added(dtype):
-    x, factors, bias, _ = FEW[0].inputs()
-    with pallas.interpreted():
-        y = tsvd_matmul(x, factors, bias.astype(dtype), implementation="pallas")
-    want = tsvd_matmul(x, factors, bias, implementation="reference")
-    assert_near(y, want, TOLERANCES["bfloat16"].output, "y")
-
-
 @pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("implementation", [None, "pallas"])
 def test_few_rows_are_chosen_and_match_the_reference(implementation, monkeypatch):
@@ -202,10 +165,9 @@ def test_no_races_forward(tsvd_schedule):
 
 
 @pytest.mark.usefixtures("few_rows", "few_blocks", "no_races")
-@pytest.mark.parametrize("c", [FEW[0], FEW[6]], ids=lambda c: c.name)
-def test_no_races_of_few_rows(c):
+def test_no_races_of_few_rows():
     with pallas.interpreted(detect_races=True):
-        forward_is_near(c)
+        forward_is_near(FEW[0])
 
 
 @pytest.mark.usefixtures("few_blocks", "no_races")
@@ -239,21 +201,6 @@ LARGE = (
 )
 
 
-# Clusters of every size, with two thread blocks on a multiprocessor and with one.
-LARGE_FEW = (
-    LARGE[2],
-    Case(name="large_row", M=(1,), D=4096, F=4096, tile=256, rank=64, dtype="bfloat16",
-         activation="gelu"),
-    Case(name="large_16", M=(16,), D=4096, F=4096, tile=256, rank=128, dtype="float16"),
-    Case(name="large_wide", M=(3,), D=4096, F=11008, tile=256, rank=32, dtype="bfloat16"),
-    Case(name="large_tall", M=(8,), D=11008, F=4096, tile=256, rank=16, dtype="bfloat16",
-         activation="silu"),
-    Case(name="large_512", M=(64,), D=4096, F=4096, tile=512, rank=64, dtype="bfloat16"),
-    *(Case(name=f"large_{n}", M=(2,), D=2048, F=256 * (132 // n), tile=256, rank=32,
-           dtype="bfloat16", activation="relu") for n in range(1, 8)),
-)  # fmt: skip
-
-
 LARGE_RESIDENT = Case(
     name="large_resident", M=(5000,), D=4096, F=4096, tile=1024, rank=64, dtype="bfloat16"
 )
@@ -283,42 +230,9 @@ def test_the_kernel_that_keeps_products_matches_the_reference_on_the_gpu(c, monk
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize("c", [*FEW, *LARGE_FEW], ids=lambda c: c.name)
+@pytest.mark.parametrize("c", [*FEW, LARGE[2]], ids=lambda c: c.name)
 def test_the_kernel_for_few_rows_matches_the_reference_on_the_gpu(c):
     forward_is_near(c)
-    x, factors, bias, _ = c.inputs()
-    run = jax.jit(lambda *a: tsvd_matmul(*a, c.activation, implementation="pallas"))
-    first = run(x, factors, bias)
-    for _ in range(20):
-        np.testing.assert_array_equal(run(x, factors, bias), first)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize("rank", [16, 64, 128])
-def test_kernels_that_start_early_wait_for_what_they_read_on_the_gpu(rank):
-    """Layers in a row, whose factors and inputs kernels have written a moment before."""
-    c = Case(name="row", M=(2,), D=2048, F=2048, tile=256, rank=rank, dtype="bfloat16",
-             activation="silu")  # fmt: skip
-    x, factors, bias, _ = c.inputs()
-
-    def layers(x, scale, implementation):
-        for n in range(12):
-            share = (scale / (n + 1)).astype(x.dtype)
-            own = dataclasses.replace(factors, u=factors.u * share, v=factors.v * share)
-            for _ in range(3):
-                y = tsvd_matmul(x, own, bias, c.activation, implementation=implementation)
-                x = (y / jnp.sqrt(jnp.mean(jnp.square(y), dtype=jnp.float32))).astype(x.dtype)
-        for _ in range(4):
-            x = tsvd_matmul(x, factors, bias, c.activation, implementation=implementation)
-        return x
-
-    run = jax.jit(layers, static_argnums=2)
-    scale = jnp.float32(3)
-    first = run(x, scale, "pallas")
-    assert_near(first, run(x, scale, "reference"), 0.03, "y")
-    for _ in range(100):
-        np.testing.assert_array_equal(run(x, scale, "pallas"), first)
 
 
 REFUSED = {

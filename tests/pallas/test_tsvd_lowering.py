@@ -10,7 +10,7 @@ import pytest
 
 from sparsax import TiledFactors, pallas, tsvd_matmul
 from sparsax.pallas import tsvd
-from sparsax.pallas.tsvd import products, resident, shares
+from sparsax.pallas.tsvd import products, resident
 from tests.helpers import launched
 from tests.pallas.cases import cells
 from tests.pallas.test_tsvd import CASES
@@ -99,53 +99,6 @@ def test_the_kernel_for_few_rows_lowers(size, rank):
         traced = run.trace(of(3, 5 * size), of(5, size, 7, rank), of(7, 5, rank, size))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert kernels(text) == {"split"}
-
-
-@pytest.mark.parametrize("rows", [1, 3, 8, 12, 16, 64])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_a_layer_of_few_rows_is_one_launch(rows, dtype):
-    """The bias, in whatever dtype, the activation and rows that are not a slab are within."""
-    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    run = jax.jit(lambda *a: pallas.tsvd_forward(*a, activation="gelu", schedule="split"))
-    arrays = of(rows, 5 * 256), of(5, 256, 7, 32), of(7, 5, 32, 256)
-    with pallas.lowering():
-        traced = run.trace(*arrays, jax.ShapeDtypeStruct((7 * 256,), dtype))
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert launched(text) == 1
-    done = set(re.findall(r"stablehlo\.(\w+)", text))
-    assert done <= {"custom_call", "reshape"}
-
-
-def few_tiling(rows, num_in, num_out, rank, width=256):
-    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    u, v = of(num_in, 256, num_out, rank), of(num_out, num_in, rank, width)
-    return shares.Tiling.of(u, v, rows)
-
-
-@pytest.mark.parametrize(
-    ("rows", "num_in", "num_out", "rank", "wanted"),
-    [(1, 16, 16, 64, (4, 1, 8)), (1, 16, 16, 32, (8, 2, 8)), (16, 16, 16, 32, (8, 2, 8)),
-     (1, 16, 16, 128, (6, 1, 7)), (1, 4, 16, 32, (8, 2, 4)), (1, 16, 4, 32, (8, 2, 8)),
-     (1, 16, 43, 32, (8, 2, 3)), (1, 16, 43, 128, (6, 1, 2)), (1, 16, 100, 16, (8, 2, 1))],
-)  # fmt: skip
-def test_how_a_column_of_tiles_is_shared(rows, num_in, num_out, rank, wanted):
-    assert few_tiling(rows, num_in, num_out, rank) == shares.Tiling(*wanted)
-
-
-def test_few_rows_have_a_tiling_whatever_their_number():
-    for rows, rank, width in itertools.product((1, 8, 15, 16, 33, 64), range(16, 129, 16),
-                                               shares.WIDTHS):  # fmt: skip
-        tiling = few_tiling(rows, 16, 16, rank, width)
-        assert tiling is not None
-
-
-@pytest.mark.parametrize(
-    ("rows", "wanted"),
-    [(1, (1, 1)), (7, (1, 7)), (8, (1, 8)), (12, (2, 6)), (13, (2, 8)), (15, (3, 5)),
-     (16, (2, 8)), (22, (3, 8)), (63, (8, 8)), (64, (8, 8))],
-)  # fmt: skip
-def test_how_rows_are_cut_into_slabs(rows, wanted):
-    assert shares.slabs(rows) == wanted
 
 
 @pytest.mark.parametrize(

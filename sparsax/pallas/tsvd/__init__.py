@@ -82,7 +82,7 @@ def _many_are_faster(rows: int, u, v) -> bool:
 
 
 def best_schedule(rows: int, u, v) -> Schedule:
-    """Which way to compute `x w` for so many rows; few of them in one launch where that fits.
+    """Which way to compute `x w` for so many rows; few of them by one kernel where that fits.
 
     The fused kernel is chosen where it has a tiling (see `fused.Tiling.of`), ranks are 64 or more,
     and its tiles, J for every 128 rows, fill a quarter of the GPU. In layers of GPT-2 and Llama-7B
@@ -95,7 +95,7 @@ def best_schedule(rows: int, u, v) -> Schedule:
     tiles it keeps four times as much, leaves too few slots for what is on its way, and takes longer
     than they do.
     """
-    if 1 <= rows <= FEW and split.Tiling.of(u, v, rows) is not None:
+    if 1 <= rows <= FEW and split.Tiling.of(u, v) is not None:
         return "split"
     full = rows >= MANY and _tiles(rows, u) >= RESIDENT_TILES
     if u.shape[0] == 1 and full and resident.Tiling.of(u, v, rows) is not None:
