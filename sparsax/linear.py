@@ -88,9 +88,10 @@ def tsvd_common_matmul(
 
     One dense matmul and one with a tiny matrix. Arguments, result and errors are those of
     `tsvd_matmul`, whose kernels "pallas" runs, on one row or column of tiles (the features that are
-    not cut must be a multiple of 64 as well); gradients are dense matmuls, and XLA's. Take the
-    gradient of `factors.common` alone to fine-tune: the larger gradient of the tiles is then not
-    computed.
+    not cut must be a multiple of 64 as well); None does so from 4,096 rows on, where nothing is
+    differentiated and it was measured to be faster. Gradients are dense matmuls, and XLA's. Take
+    the gradient of `factors.common` alone to fine-tune: the larger gradient of the tiles is then
+    not computed.
 
     Example:
         >>> import jax
@@ -123,11 +124,14 @@ def _apply(x, factors, bias, activation, implementation):
     else:
         first, second, side = factors.tiles, factors.common, factors.side
         pad_in, pad_out = (0, factors.pad) if side == "right" else (factors.pad, 0)
-    u, v = (first, second) if side is None else pallas.as_tiles(first, second, side)
     if implementation == "pallas":
+        u, v = (first, second) if side is None else pallas.as_tiles(first, second, side)
         checks.kernel_runs(pallas.tsvd_refusal(x, u, v, activation))
-    alone = implementation is None and side is None
-    alone = alone and pallas.tsvd_is_faster(x, u, v, activation)
+    alone = implementation is None and (
+        pallas.tsvd_is_faster(x, first, second, activation)
+        if side is None
+        else pallas.tsvd_common_is_faster(x, first, second, side, activation)
+    )
     rows = jnp.pad(x.reshape(-1, x.shape[-1]), ((0, 0), (0, pad_in)))
     bias = None if bias is None else jnp.pad(bias, (0, pad_out))
     if implementation == "reference":

@@ -26,7 +26,7 @@ SPILLS = {
     (128, False): {"dkv": 16},
     (128, True): {"dkv": 168},
     (256, False): {"dq": 140},
-    (256, True): {"dq": 196, "dkv": 88},
+    (256, True): {"dq": 196, "dkv": 84},
 }
 SERIALISED = re.compile(r"C75(10|11|12|13|14)\b.*")
 SPILL = re.compile(r"in function 'block_sparse_(\w+?)_mosaic\w*', (\d+) bytes spill stores")

@@ -1,13 +1,14 @@
 """The kernels of tiles that share a factor against the float32 reference, interpreted, on a GPU."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsax import pallas, tsvd_common_matmul
+from sparsax import CommonFactors, pallas, tsvd_common_matmul
 from sparsax.pallas import tsvd
 from sparsax.pallas.tsvd import resident
 from tests.helpers import TOLERANCES, assert_near
@@ -88,10 +89,16 @@ def test_of_one_row_of_tiles_the_products_are_as_wide_as_they_can_be(rank, colum
         assert "tsvd_resident" in run.trace(x, u, v).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_copies_of_the_common_factor_are_the_same_matrix(side):
-    _, factors, *_ = Case(name="copies", side=side, D=128, F=192, tile=64, rank=16).inputs()
+@pytest.mark.parametrize(
+    ("side", "features", "rank", "joined"),
+    [("left", 192, 16, 1), ("right", 192, 16, 1), ("right", 256, 16, 4), ("right", 256, 32, 2),
+     ("right", 256, 48, 1), ("right", 256, 64, 1)],
+)  # fmt: skip
+def test_copies_of_the_common_factor_are_the_same_matrix(side, features, rank, joined):
+    case = Case(name="copies", side=side, D=128, F=features, tile=64, rank=rank)
+    _, factors, *_ = case.inputs()
     u, v = pallas.as_tiles(factors.tiles, factors.common, side)
+    assert u.shape[3] == joined * rank
     w = jnp.einsum("iajr,jirc->iajc", u, v).reshape(factors.to_dense().shape)
     assert_near(w, factors.to_dense(), 1e-5, "w")
 
@@ -104,6 +111,30 @@ def test_a_product_lowers_to_kernels(c):
         text = jax.jit(run).trace(x, factors, bias).lower(lowering_platforms=("cuda",)).as_text()
     assert "tsvd_hidden" in text
     assert "tsvd_out" in text
+
+
+def common_factors(side, tile, rank, D=4096, F=4096):
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    if side == "right":
+        return CommonFactors(of(D, F // tile, rank), of(rank, tile), pad=0, side="right")
+    return CommonFactors(of(D // tile, rank, F), of(tile, rank), pad=0, side="left")
+
+
+@pytest.mark.parametrize(
+    ("rows", "side", "tile", "rank", "found"),
+    [(8192, "right", 256, 64, {"resident"}), (8192, "right", 256, 128, {"resident"}),
+     (8192, "right", 128, 32, set()), (4095, "right", 256, 64, set()),
+     (8192, "left", 128, 64, {"hidden", "out"}), (8192, "left", 256, 32, {"hidden", "out"}),
+     (8192, "left", 512, 64, set()), (4095, "left", 256, 64, set())],
+)  # fmt: skip
+def test_none_runs_the_kernels_where_they_were_measured_to_be_faster(rows, side, tile, rank, found):
+    factors = common_factors(side, tile, rank)
+    x = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16)
+    squares = lambda *a: (tsvd_common_matmul(*a).astype(jnp.float32) ** 2).sum()
+    for run, wanted in ((tsvd_common_matmul, found), (jax.grad(squares, (0, 1)), set())):
+        with pallas.lowering():
+            text = jax.jit(run).trace(x, factors).lower(lowering_platforms=("cuda",)).as_text()
+        assert set(re.findall(r"tsvd_(\w+?)_mosaic_gpu", text)) == wanted
 
 
 @pytest.mark.gpu
