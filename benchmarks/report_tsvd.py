@@ -18,7 +18,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from report import DOCS, number, origin, read, table
-from tsvd_aims import CHAINED, KINDS, RATIOS, TSVD, best, by_tile, fastest, find, section
+from tsvd_aims import (
+    CHAINED,
+    COMMON_WAYS,
+    KINDS,
+    RATIOS,
+    TSVD,
+    best,
+    by_tile,
+    fastest,
+    find,
+    section,
+)
 
 ENDED = (
     "These runs were ended before they were through; the next card has every layer. Of GPT-2 "
@@ -54,10 +65,8 @@ EVERY = (
 )
 QUEUED = (
     "Runs queue up for 50 ms, and a loop's step is four calls: what the host takes for either "
-    "is in no time. Not all ways and sizes were timed, and TSVD-common not at all. Of Llama's "
-    "layer the kernel that keeps `x u` was left out: it had another tiling when it ran. The "
-    "rows of GPT-2 are what the run printed, three digits of dense times and two decimals of "
-    "ratios; its own file was lost."
+    "is in no time. The kernel that keeps `x u` had branches among its second products then, "
+    "which it has no more."
 )
 DECODER = (
     'Measured before few rows had a kernel of their own: "tsvd pallas" decodes with the two '
@@ -144,7 +153,7 @@ def grid(rows: list[dict]) -> str:
 
     Dense times are the median of those measured beside each compression.
     """
-    kinds = {"SVD": ("svd",), "TSVD": TSVD, "common": ("common",)}
+    kinds = {"SVD": ("svd",), "TSVD": TSVD, "common": COMMON_WAYS}
     body = []
     for layer, count in dict.fromkeys((row["layer"], row["rows"]) for row in rows):
         found = [find(rows, layer, count, ratio) for ratio in RATIOS]

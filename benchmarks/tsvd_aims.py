@@ -6,8 +6,10 @@ BANDWIDTH = 4.8e12  # bytes a second that an H200 reads or writes, by its data s
 CHAINED = 16  # rows up to which a layer in a chain was timed
 KINDS = {
     "svd": "SVD", "xla": "TSVD, XLA", "products": "TSVD, two products", "fused": "TSVD, fused",
-    "resident": "TSVD, fused, x u kept", "split": "TSVD, few rows", "common": "TSVD-common",
+    "resident": "TSVD, fused, x u kept", "split": "TSVD, few rows", "common": "TSVD-common, XLA",
+    "common-products": "TSVD-common, two products", "common-resident": "TSVD-common, x u kept",
 }  # fmt: skip
+COMMON_WAYS = tuple(kind for kind in KINDS if kind.startswith("common"))
 TSVD = ("xla", "products", "fused", "resident", "split")
 AIMS = {("llama-7b out", 8192): (1.6, 3, 5), ("gpt2-m up", 4096): (1.3, 2, 3)}
 RATIOS = 2, 4, 8
@@ -20,11 +22,9 @@ MANY = (
     "With 4,096 rows and more all aims are reached since runs queue up: before, a loop's step "
     "and a run's start, up to .02 ms, were in the times of dense and factored products alike, "
     "which hides what a factored one gains. The kernel that keeps `x u` in shared memory is the"
-    " fastest way at 8x of 1,024 x 4,096; at 4x it was not timed in a loop, and takes .018 ms "
-    "of 4,096 rows by the profiler (`benchmarks/results/tune_tsvd_gpu.json`; `cluster` was an "
-    "option then, now it is 1). With four rows of tiles (4,096 x 4,096) it has to keep four "
-    "times as much, is left with slots for few tiles on their way, and loses: .088 ms at 8x by "
-    "the profiler, where the two products take .072 in a loop."
+    " fastest way of 1,024 x 4,096 at every compression. With four rows of tiles (4,096 x 4,096) "
+    "it has to keep four times as much, is left with slots for few tiles on their way, and takes "
+    "1.3 times as long as the two products at 8x."
 )
 MEDIUM = (
     "GPT-2 medium's dense row takes 13.3 us, more than Llama's with four times the bytes, where "
@@ -36,9 +36,12 @@ FUSED = (
     "outputs 16 of 132 multiprocessors work. It is not chosen there."
 )
 COMMON = (
-    "TSVD-common has TSVD's arithmetic and no more bytes, through XLA. Its second product is 64, "
-    "32 or 16 deep, so it takes as long as its input and y take to be read and written. It is "
-    "ahead of TSVD through XLA, and takes 4 to 10 % longer than the kernels' two products."
+    "TSVD-common has TSVD's arithmetic and no more bytes. Its second product is no deeper than the "
+    "rank, so through XLA it takes as long as its input and y take to be read and written. As one "
+    "row of tiles that is as high as the matrix, all with the same v, it runs on the kernel that "
+    "keeps `x u`, which writes nothing in between: at 2x and 4x that is faster than TSVD. At 8x "
+    "ranks of 64 want tiles of 512, of which a thread block has y of 128 rows and 1,024 columns to "
+    "write once its first product is done, and nothing beside it."
 )
 
 
@@ -70,7 +73,7 @@ def least(rows: list[dict], way: str, few: bool) -> float | None:
 def common(rows: list[dict], ratio: int) -> float | None:
     """TSVD's time over TSVD-common's, of 8,192 rows."""
     row = find(rows, "llama-7b out", 8192, ratio)
-    found = row and best(row, "common")
+    found = row and best(row, *COMMON_WAYS)
     return found and found / best(row, *TSVD)
 
 
@@ -139,7 +142,13 @@ def few_rows(rows: list[dict]) -> str:
         "these launches. XLA's two products are two launches for "
         "one row and three for 16, where it transposes in between; a dense product is two as well, "
         "cut in its depth and added up (counted in the programs that XLA compiles for an H200 "
-        "without having one, so without trying what is fastest)."
+        "without having one, so without trying what is fastest). One launch was tried (commit "
+        "75b3828): the thread blocks of a column of tiles as a cluster, which add up their parts "
+        "through each other's shared memory, so small that two fit on a multiprocessor. It took "
+        "11.0, 7.0 and 6.1 us at 2x, 4x and 8x, and 13.0, 7.9 and 7.1 where it was let start "
+        "beside the layer before (single runs, which are not committed): at 2x more than two "
+        "launches, so it was taken out again. At 2x a block had slots for half of the 128 KB that "
+        "it reads; one block to a multiprocessor, with slots for more, was not tried."
     )
 
 
