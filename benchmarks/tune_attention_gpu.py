@@ -68,7 +68,7 @@ TABLES = {
     "RANGED": ("qds", "longformer"),
 }
 TABLE_OF = {name: getattr(config, table) for table, names in TABLES.items() for name in names}
-KEY = "features", "kernel", "case"  # beside the fields of a tiling
+KEY = "features", "kernel", "case"  # and the fields of a tiling; no row is looked up
 KERNELS = {
     "forward": "block_sparse_forward",
     "dq": "block_sparse_dq",
@@ -201,6 +201,11 @@ def tune(features: int, length: int, heads: int, only: list[str], passes: list[s
         options = tiling.keywords | {"case": name, "milliseconds": time}
         return {"features": features, "kernel": kernel, **options}
 
+    def alone(run, *args):
+        compiled = run.lower(*args).compile()
+        with turn:
+            return jax.block_until_ready(compiled(*args))
+
     def times(name, run, args, first, tilings):
         """Of the kernels of a pass; None where shared memory is too small."""
         try:
@@ -216,13 +221,15 @@ def tune(features: int, length: int, heads: int, only: list[str], passes: list[s
         assert_alike(result, first, tilings)
         return found
 
-    for name, case in cases(features, length, heads).items():
+    with turn:
+        every = cases(features, length, heads)
+    for name, case in every.items():
         if name not in only:
             continue
         kept = TABLE_OF[name][features]
         forward, backward = case.passes(kept)
         args = *case.arrays[:3], *case.operands
-        first = forward(*args)
+        first = alone(forward, *args)
         if "forward" in passes:
             for tiling in forward_tilings(features):
                 run, _ = case.passes(Config(tiling, kept.dq, kept.dkv))
@@ -230,7 +237,7 @@ def tune(features: int, length: int, heads: int, only: list[str], passes: list[s
                     yield row("forward", tiling, name, found)
         if set(passes) - {"forward"}:
             args = *case.arrays, *first, *case.operands
-            first = backward(*args)
+            first = alone(backward, *args)
             of_dq = tilings(DQ[features]) if "dq" in passes else []
             of_dkv = key_tilings(features) if "dkv" in passes else []
             for dq, dkv in itertools.zip_longest(of_dq, of_dkv):

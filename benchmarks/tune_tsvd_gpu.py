@@ -60,7 +60,7 @@ def resident_tilings(rows: int, u, v) -> list[resident.Tiling]:
     tilings = itertools.starmap(resident.Tiling, itertools.product(groups, (3, 4, 5, 6, 8)))
     return [default] + [
         t for t in tilings if t != default and u.shape[2] % t.group == 0
-        and t.bytes(u) <= resident.SHARED_BYTES
+        and t.runs(u) and t.bytes(u) <= resident.SHARED_BYTES
     ]  # fmt: skip
 
 

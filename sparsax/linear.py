@@ -125,7 +125,7 @@ def _apply(x, factors, bias, activation, implementation):
         first, second, side = factors.tiles, factors.common, factors.side
         pad_in, pad_out = (0, factors.pad) if side == "right" else (factors.pad, 0)
     if implementation == "pallas":
-        u, v = (first, second) if side is None else pallas.as_tiles(first, second, side)
+        u, v = (first, second) if side is None else pallas.shapes_as_tiles(first, second, side)
         checks.kernel_runs(pallas.tsvd_refusal(x, u, v, activation))
     alone = implementation is None and (
         pallas.tsvd_is_faster(x, first, second, activation)

@@ -205,6 +205,19 @@ class CommonFactors(_Factors):
         w = jnp.einsum("ar,irf->iaf", common, tiles, precision=HIGHEST)
         return w.reshape(-1, self.out_features)[: self.in_features]
 
+    def pad_rank(self, multiple: int) -> "CommonFactors":
+        """The same matrix with R rounded up to a multiple, by zeros, for kernels that want it.
+
+        Where `common` is trained they stay zeros: their gradient is one of tiles that are zero.
+        """
+        extra = (0, -self.rank % multiple)
+        of_tiles = self.tiles.ndim - 1 if self.side == "right" else self.tiles.ndim - 2
+        of_common = self.common.ndim - (2 if self.side == "right" else 1)
+        pad = lambda x, axis: jnp.pad(x, [extra if i == axis else (0, 0) for i in range(x.ndim)])
+        return dataclasses.replace(
+            self, tiles=pad(self.tiles, of_tiles), common=pad(self.common, of_common)
+        )
+
     def astype(self, dtype: typing.Any) -> "CommonFactors":
         """The factors rounded to another dtype."""
         return jax.tree.map(lambda leaf: leaf.astype(dtype), self)

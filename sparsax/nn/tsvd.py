@@ -154,13 +154,15 @@ class TSVDCommonLinear(nnx.Module):
             mode: "compressed" keeps the factors alone, so the layer is smaller from the start;
                 "residual" keeps what they miss as well, so its output starts out unchanged.
             gram: see `sparsax.tsvd_common`.
-            implementation: see the class.
+            implementation: see the class; for "pallas" ranks are padded to a multiple of 16.
             **how: `tile`, one of `rank` and `ratio`, and `side`, see `sparsax.tsvd_common`.
         """
         if mode not in typing.get_args(Mode):
             raise ValueError(f"mode must be one of {typing.get_args(Mode)}; got {mode!r}.")
         kernel, bias, rest = read_linear(linear)
         factors = tsvd_common(kernel, gram=gram, **how)
+        if implementation == "pallas":
+            factors = factors.pad_rank(16)
         residual = None
         if mode == "residual":
             residual = (kernel.astype(jnp.float32) - factors.to_dense()).astype(kernel.dtype)

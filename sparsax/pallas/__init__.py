@@ -18,6 +18,7 @@ from sparsax.pallas.support import lowering as lowering
 from sparsax.pallas.support import on_hopper as on_hopper
 from sparsax.pallas.support import refusal as refusal
 from sparsax.pallas.tsvd import as_tiles as as_tiles
+from sparsax.pallas.tsvd import shapes_as_tiles as shapes_as_tiles
 from sparsax.pallas.tsvd import tsvd_backward as tsvd_backward
 from sparsax.pallas.tsvd import tsvd_common_is_faster as tsvd_common_is_faster
 from sparsax.pallas.tsvd import tsvd_forward as tsvd_forward

@@ -28,11 +28,17 @@ CASES = tuple(
     for side, whole in WHOLE.items()
 )
 BY_NAME = pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
-# What the kernel that keeps `x u` takes: one row of tiles, as high as the matrix.
-RESIDENT = Case(
-    name="resident", side="right", M=(330,), D=320, F=500, tile=128, rank=64, dtype="bfloat16",
-    activation="silu",
+# What the kernel that keeps `x u` takes: one row of tiles, as high as the matrix. Its first product
+# has panels of 128 columns or fewer, one or two.
+RESIDENT = (
+    Case(name="one_panel", side="right", M=(330,), D=320, F=500, tile=128, rank=64,
+         dtype="bfloat16", activation="silu"),
+    Case(name="two_panels", side="right", M=(200,), D=320, F=500, tile=256, rank=128,
+         dtype="float16", activation="gelu"),
+    Case(name="two_panels_of_four_tiles", side="right", M=(130,), D=192, F=1024, tile=256, rank=64,
+         dtype="bfloat16", bias=False),
 )  # fmt: skip
+RESIDENTS = pytest.mark.parametrize("c", RESIDENT, ids=lambda c: c.name)
 
 
 def check(c):
@@ -46,30 +52,55 @@ def check(c):
         assert_near(one, other, tolerance.gradient, "gradient")
 
 
+def forward_is_near(c):
+    x, factors, bias, _ = c.inputs()
+    run = lambda *a: tsvd_common_matmul(*a, c.activation, implementation="pallas")
+    want = tsvd_common_matmul(x, factors, bias, c.activation, implementation="reference")
+    assert_near(jax.jit(run)(x, factors, bias), want, TOLERANCES[c.dtype].output, "y")
+
+
 @BY_NAME
 def test_values_and_gradients_match_the_reference(c):
     with pallas.interpreted():
         check(c)
 
 
-@pytest.fixture(params=["narrow", "wide"])
-def only_resident(request, fresh, monkeypatch):
-    """The one schedule, with columns of tiles in groups where a GPU is small enough."""
+@pytest.fixture
+def only_resident(fresh, monkeypatch):
+    """The one schedule, on a GPU so small that tiles are grouped until products are wide."""
     monkeypatch.setattr(tsvd, "best_schedule", lambda *_: "resident")
-    if request.param == "wide":
-        monkeypatch.setattr(resident, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(resident, "multiprocessors", lambda: 1)
 
 
+def wide(c):
+    """Columns of the first product."""
+    factors = c.inputs()[1]
+    u, v = pallas.as_tiles(factors.tiles, factors.common, "right")
+    tiling = resident.Tiling.of(u, v, c.M[0])
+    assert tiling.in_place(u)
+    return tiling.group * u.shape[3]
+
+
+@RESIDENTS
 @pytest.mark.usefixtures("only_resident")
-def test_the_kernel_that_keeps_products_matches_the_reference():
+def test_the_kernel_that_keeps_products_matches_the_reference(c):
+    assert wide(c) == (128 if c.name == "one_panel" else 256)
     with pallas.interpreted():
-        check(RESIDENT)
+        check(c)
 
 
+@RESIDENTS
+@pytest.mark.usefixtures("no_races", "only_resident")
+def test_products_in_the_place_of_x_race_with_nothing(c):
+    with pallas.interpreted(detect_races=True):
+        forward_is_near(c)
+
+
+@RESIDENTS
 @pytest.mark.gpu
 @pytest.mark.usefixtures("only_resident")
-def test_the_kernel_that_keeps_products_matches_the_reference_on_a_gpu():
-    check(RESIDENT)
+def test_the_kernel_that_keeps_products_matches_the_reference_on_a_gpu(c):
+    check(c)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +123,7 @@ def test_of_one_row_of_tiles_the_products_are_as_wide_as_they_can_be(rank, colum
 @pytest.mark.parametrize(
     ("side", "features", "rank", "joined"),
     [("left", 192, 16, 1), ("right", 192, 16, 1), ("right", 256, 16, 4), ("right", 256, 32, 2),
-     ("right", 256, 48, 1), ("right", 256, 64, 1)],
+     ("right", 256, 48, 1), ("right", 256, 64, 1), ("right", 384, 16, 2)],
 )  # fmt: skip
 def test_copies_of_the_common_factor_are_the_same_matrix(side, features, rank, joined):
     case = Case(name="copies", side=side, D=128, F=features, tile=64, rank=rank)
@@ -141,6 +172,42 @@ def test_none_runs_the_kernels_where_they_were_measured_to_be_faster(rows, side,
 @BY_NAME
 def test_values_and_gradients_match_the_reference_on_a_gpu(c):
     check(c)
+
+
+@pytest.mark.gpu
+def test_many_rows_of_a_large_matrix_are_near_the_reference_on_a_gpu():
+    c = Case(name="large", side="right", M=(8192,), D=1024, F=4096, tile=256, rank=128,
+             dtype="bfloat16")  # fmt: skip
+    assert wide(c) == 256
+    forward_is_near(c)
+
+
+REFUSED = {
+    "rank": ({"rank": 24}, r"takes ranks in multiples of 16; got 24, see pad_rank\(16\) of the"),
+    "uncut": ({"D": 300}, r"features that no tile cuts, in multiples of 64; got 300 x 128"),
+    "float32": ({"dtype": "float32"}, "takes x and factors in one of .* got float32"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_kernels_cannot_do_is_refused(name):
+    changes, message = REFUSED[name]
+    c = dataclasses.replace(CASES[0], **changes)
+    with pallas.lowering(), pytest.raises(NotImplementedError, match=message):
+        tsvd_common_matmul(*c.inputs()[:3], implementation="pallas")
+
+
+def test_padded_ranks_are_the_same_matrix_and_run():
+    for side, whole in WHOLE.items():
+        c = dataclasses.replace(CASES[0], side=side, rank=24, **whole)
+        _, factors, *_ = c.inputs()
+        padded = factors.pad_rank(16)
+        assert padded.rank == 32
+        assert_near(padded.to_dense(), factors.to_dense(), 1e-6, "w")
+        x = jax.random.normal(jax.random.key(0), (130, padded.in_features), jnp.bfloat16)
+        with pallas.interpreted():
+            y = tsvd_common_matmul(x, padded, implementation="pallas")
+        assert_near(y, tsvd_common_matmul(x, factors), TOLERANCES[c.dtype].output, "y")
 
 
 @pytest.mark.gpu

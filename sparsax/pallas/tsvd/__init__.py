@@ -1,6 +1,7 @@
 """Products with tiled factors: two batched matmuls, two fused kernels, or one for few rows."""
 
 import functools
+import math
 import typing
 
 import jax
@@ -16,10 +17,8 @@ FUSED_FROM, FUSED_TILES = 512, 64  # the same of the fused kernel: rows, and til
 RESIDENT_TILES = 128  # tiles of its output, rows by 128, from which on "resident" has a GPU to fill
 FEW, FEW_TILES, FEW_RANKS = 16, 64, 27 * 64  # rows at most; tiles, or their ranks in all, at least
 LINE = 64  # numbers of 16 bits in a line of shared memory
-ALIGNMENT = (
-    LINE,
-    16,
-)  # what divides tiles and ranks: a chunk's columns, a matrix instruction's depth
+# What divides tiles and ranks: a chunk's columns, a matrix instruction's depth.
+ALIGNMENT = LINE, 16
 
 
 def as_tiles(tiles, common, side: typing.Literal["left", "right"]):
@@ -31,13 +30,17 @@ def as_tiles(tiles, common, side: typing.Literal["left", "right"]):
     """
     if side == "right":
         num_out, rank = tiles.shape[1:]
-        few = LINE // rank if LINE % rank == 0 else 1
-        few = few if num_out % few == 0 else 1
-        joined = jnp.kron(jnp.eye(few, dtype=common.dtype), common)
-        u = tiles.reshape(1, len(tiles), num_out // few, few * rank)
-        return u, jnp.broadcast_to(joined, (num_out // few, 1, *joined.shape))
+        many = math.gcd(LINE // rank, num_out) if LINE % rank == 0 else 1
+        joined = jnp.kron(jnp.eye(many, dtype=common.dtype), common)
+        u = tiles.reshape(1, len(tiles), num_out // many, many * rank)
+        return u, jnp.broadcast_to(joined, (num_out // many, 1, *joined.shape))
     size, rank = common.shape
     return jnp.broadcast_to(common[:, None], (len(tiles), size, 1, rank)), tiles[None]
+
+
+def shapes_as_tiles(tiles, common, side: typing.Literal["left", "right"]):
+    """What `as_tiles` gives, as shapes and dtypes: nothing is computed."""
+    return jax.eval_shape(functools.partial(as_tiles, side=side), tiles, common)
 
 
 def tsvd_refusal(x, u, v, activation: str | None) -> str | None:
@@ -48,9 +51,12 @@ def tsvd_refusal(x, u, v, activation: str | None) -> str | None:
     if activation not in (None, *ACTIVATIONS):
         return f"takes activation None or one of {tuple(ACTIVATIONS)}; got {activation!r}"
     if size % ALIGNMENT[0] or columns % ALIGNMENT[0]:
-        return f"takes tiles in multiples of {ALIGNMENT[0]}; got {size} x {columns}"
+        return (
+            f"takes tiles, and features that no tile cuts, in multiples of {ALIGNMENT[0]}; got "
+            f"{size} x {columns}"
+        )
     if rank % ALIGNMENT[1]:
-        return f"takes ranks in multiples of 16; got {rank}, see TiledFactors.pad_rank(16)"
+        return f"takes ranks in multiples of 16; got {rank}, see pad_rank(16) of the factors"
     if not on_hopper():
         return f"needs an NVIDIA Hopper GPU; the default device is {jax.devices()[0].device_kind}"
     return None
@@ -69,14 +75,15 @@ def tsvd_common_is_faster(x, tiles, common, side, activation: str | None) -> boo
     """The same with a common factor, from 4,096 rows on.
 
     Of layers of GPT-2 medium and Llama-7B, with tiles of 128, 256 and 512 at 2x, 4x and 8x on an
-    H200: on the right with ranks of 64 and more the kernel that keeps `x u` was ahead of XLA in 8
-    cases of 11, in the others up to 2.3 % behind; on the left with tiles up to 256 the two products
+    H200: on the right with ranks of 64 and more the kernel that keeps `x u` was ahead of XLA in 9
+    cases of 12, in the others up to 2.2 % behind; on the left with tiles up to 256 the two products
     were in 12 of 12.
     """
-    rows, (rank, size) = x.size // x.shape[-1], sorted(common.shape)
+    rank, size = common.shape if side == "right" else common.shape[::-1]
+    rows = x.size // x.shape[-1]
     if not isinstance(rows, int) or rows < MANY or tiles.size // rank * size < LARGE:
         return False
-    u, v = as_tiles(tiles, common, side)
+    u, v = shapes_as_tiles(tiles, common, side)
     schedule = best_schedule(rows, u, v)
     kept = schedule == "resident" and rank >= LINE
     chosen = kept if side == "right" else schedule == "products" and size <= 256
@@ -110,7 +117,7 @@ def _many_are_faster(rows: int, u, v) -> bool:
 
 
 def best_schedule(rows: int, u, v) -> Schedule:
-    """Which way to compute `x w` for so many rows; few of them by one kernel where that fits.
+    """Which way to compute `x w` for so many rows; few of them as `few_are_faster` says.
 
     The fused kernel is chosen where it has a tiling (see `fused.Tiling.of`), ranks are 64 or more,
     and its tiles, J for every 128 rows, fill a quarter of the GPU. In layers of GPT-2 and Llama-7B
@@ -122,7 +129,7 @@ def best_schedule(rows: int, u, v) -> Schedule:
     rows of 1,024 x 4,096 on an H200. With four rows of tiles it keeps four times as much, leaves
     too few slots for what is on its way, and takes 1.3 times as long as they do.
     """
-    if 1 <= rows <= FEW and split.Tiling.of(u, v) is not None:
+    if few_are_faster(rows, u, v):
         return "split"
     full = rows >= MANY and _tiles(rows, u) >= RESIDENT_TILES
     if u.shape[0] == 1 and full and resident.Tiling.of(u, v, rows) is not None:

@@ -68,12 +68,18 @@ class Tiling:
         # A slot of 256 columns holds as much as two of 128, so four of them do.
         least = lambda group: 4 if group * rank > PANEL else 5
         tilings = (Tiling(g, n) for g in busy or groups[-1:] for n in (8, 6, 5, 4) if n >= least(g))
-        return next((t for t in tilings if t.bytes(u) <= SHARED_BYTES), None)
+        fits = lambda tiling: tiling.bytes(u) <= SHARED_BYTES and tiling.runs(u)
+        return next(filter(fits, tilings), None)
 
     def in_place(self, u) -> bool:
         """Whether `x u` takes x's place."""
         num_in, _, _, rank = u.shape
         return num_in == 1 and self.stages * DEPTH >= self.group * rank
+
+    def runs(self, u) -> bool:
+        """Whether the kernel can: panels want one row of tiles, and a piece of y slots enough."""
+        num_in, _, _, rank = u.shape
+        return self.group * rank <= PANEL or (num_in == 1 and self.stages >= rank // DEPTH)
 
     def bytes(self, u) -> int:
         """What a thread block needs of shared memory for 16-bit arrays, barriers apart."""
@@ -88,6 +94,7 @@ def forward(x, u, v, bias, *, activation: str | None, interpret=None, tiling: Ti
     rows, apply = len(x), ACTIVATIONS.get(activation or "")
     tiling = tiling or Tiling.of(u, v, rows)
     assert tiling is not None
+    assert tiling.runs(u)
     x = padded_rows(x)
     operands = [x, u.reshape(-1, u.shape[2] * u.shape[3]), v.reshape(-1, v.shape[3])]
     operands += [] if bias is None else [bias.astype(jnp.float32)]
@@ -106,7 +113,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
     inner, pieces = num_in * lines, columns // width  # steps of a piece of y; pieces of a tile
     first_steps = num_in * steps
 
-    def kernel(*refs, x_smem, b_smem, more_smem, x_bars, b_bars):
+    def kernel(*refs, x_smem, b_smem, other_smem, x_bars, b_bars):
         x_ref, u_ref, v_ref, *rest = refs
         bias_ref = rest.pop(0) if has_bias else None
         (y_ref,) = rest
@@ -133,8 +140,8 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
                 ring.reserve(step)
                 slot = ring.slot(step)
                 for side in range(panels):
-                    part = source.at[depth, pl.ds((first + side) * panel, panel)]
-                    plgpu.copy_gmem_to_smem(part, b_smem.at[slot, side], ring.filled.at[slot])
+                    own_panel = source.at[depth, pl.ds((first + side) * panel, panel)]
+                    plgpu.copy_gmem_to_smem(own_panel, b_smem.at[slot, side], ring.filled.at[slot])
 
             def fill(step, _):
                 slot, depth = x_ring.slot(step), pl.ds(step * DEPTH, DEPTH)
@@ -159,7 +166,8 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
         def multiply():
             plgpu.set_max_registers(232, action="increase")
 
-            kept_smem, staging = (x_smem, more_smem) if in_place else (more_smem, x_smem)
+            # All of x was read when `x u` is kept in its place, or pieces of y are staged there.
+            kept_smem, staging = (x_smem, other_smem) if in_place else (other_smem, x_smem)
 
             def hidden(i, meanwhile):
                 """`x_i u_i`, for all ranks of the group."""
@@ -183,6 +191,8 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
                 return [p.astype(x.dtype)]
 
             def keep(i, p):
+                if in_place:
+                    plgpu.commit_smem()  # no warp may still multiply what another overwrites
                 for tile, line in itertools.product(range(group), range(lines)):
                     side, begin = divmod(tile * rank + line * DEPTH, panel)
                     goal = kept_smem.at[wg, tile * inner + i * lines + line]
@@ -244,7 +254,7 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
         teams=1,
         x_smem=shared((COMPUTE, stages, WG_ROWS, DEPTH), x.dtype),
         b_smem=shared((stages, panels, DEPTH, panel), x.dtype),
-        more_smem=shared(
+        other_smem=shared(
             (COMPUTE, CHUNKS if in_place else group * inner, WG_ROWS, DEPTH), x.dtype
         ),
         x_bars=Ring.barriers(stages, COMPUTE),
