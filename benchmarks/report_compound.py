@@ -138,7 +138,8 @@ def main() -> None:
             "exactly these pairs, autotuned; Hugging Face's self-attention beside our layer, "
             "projections of queries, keys and values included in both. Hugging Face's and "
             "FlexAttention, but for QDS's, are of earlier runs, call by call, and so is the layer "
-            "that stands beside Hugging Face's. A dash was not measured; "
+            "that stands beside Hugging Face's: x FlexAttention has its earlier times over ours of "
+            "now. A dash was not measured; "
             "where it says failed, one of the two ran out of memory or could not be compiled, as "
             "the result's file tells.",
             "![Times as long as ours](compound_gpu.png)", speed(found["rows"]),
@@ -153,7 +154,9 @@ def main() -> None:
             "Inference in bfloat16 with 64 scattered global tokens; `x` says how many times as "
             "long the same model takes with attention over blocks of 64 that hold a pair "
             "(`block_mask`, which stands for DeepSpeed), with dense cuDNN attention (`dense`), "
-            "PyTorch's dense encoder (`sdpa`) and Hugging Face's Longformer. GiB are what XLA "
+            "PyTorch's dense encoder (`sdpa`) and Hugging Face's Longformer. At 4,096 tokens our "
+            "three models are of the later commit, and all else is of the earlier ones, when runs "
+            "did not queue up, which is little of these times. GiB are what XLA "
             "reserves beside the parameters. A dash was not measured; where it says failed, one "
             "of the two ran out of memory or could not be compiled.", model(found["rows"]),
         ]  # fmt: skip

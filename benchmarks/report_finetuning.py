@@ -72,7 +72,7 @@ def study(ways: dict[str, list[dict]]) -> str:
         ms, size = quickest(rows), rows[0]["bytes"]
         losses = [row["valid_loss"][-1] for row in rows]
         cells.append([
-            way, str(len(rows)), f"{rows[0]['rate']:g}", spread(take("base"), 3),
+            way, str(len(rows)), f"{rows[0]['rate']:g}", spread(take("base"), 4),
             f"{rows[0]['valid_loss'][0]:.3f}",
             spread(losses, 4) + " and NaN" * losses.count(None), f"{rows[0]['trained']:,}",
             number(ms), number(times("full", ms)), number(times("lora", ms)), number(size / 2**20),
@@ -145,7 +145,7 @@ def of_model(name: str, record: dict | None) -> list[str]:
     speed = f", {np.median(speeds):.0f} TFLOP/s" if speeds else ""
     return [
         f"The model: {facts['parameters']:,} parameters in {facts['style']}'s style, pre-trained "
-        f"for {facts['step']} steps on IMDB reviews ({facts['valid_bits_per_byte']:.3f} bits per "
+        f"for {facts['step']} steps on IMDB reviews ({facts['valid_bits_per_byte']:.4f} bits per "
         f"byte of held-out ones{speed}): {origin(name, record)}"
     ]
 
@@ -156,7 +156,7 @@ def of_study(name: str, record: dict, scores: tuple[str, dict | None], shown: st
     bases = sorted({row["base"] for row in record["rows"] if row.get("base")})
     several = [] if len(bases) < 2 else [
         "The ways began from models of several pre-trainings, alike but for the bits: "
-        f"{', '.join(f'{x:.3f}' for x in bases)} bits per byte."
+        f"{', '.join(f'{x:.4f}' for x in bases)} bits per byte."
     ]  # fmt: skip
     named, found = scores
     written = ["Not scored yet."] if found is None else [
@@ -181,7 +181,8 @@ def main() -> None:
             text += [f"## {title}", "Not measured yet."]
             continue
         shown = "" if card else "![Losses, and loss against time](finetuning.png)"
-        text += [f"## {title}", *of_model(model, found(model)),
+        models = [x for x in (model, f"{model}_2") if found(x)]
+        text += [f"## {title}", *(line for x in models for line in of_model(x, found(x))),
                  *of_study(name, record, (scores, found(scores)), shown)]  # fmt: skip
         if shown:
             picture(best_rates(record["rows"])).savefig(args.docs / "finetuning.png", dpi=120)
