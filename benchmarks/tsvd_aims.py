@@ -36,13 +36,14 @@ FUSED = (
     "outputs 16 of 132 multiprocessors work. It is not chosen there."
 )
 COMMON = (
-    "TSVD-common has TSVD's arithmetic and no more bytes. Its second product is no deeper than the "
-    "rank, so through XLA it takes as long as its input and y take to be read and written. As one "
-    "row of tiles that is as high as the matrix, all with the same v, it runs on the kernel that "
-    "keeps `x u`, which writes nothing in between: at 2x and 4x that is faster than TSVD. None does "
-    "so from 4,096 rows on, where nothing is differentiated, with ranks of 64 and more, and runs the "
-    "two products where tiles share the left factor and have up to 256 rows. At 8x ranks of 64 want tiles of 512, of which a thread block has y of 128 rows and 1,024 columns to "
-    "write once its first product is done, and nothing beside it."
+    "TSVD-common has TSVD's arithmetic and no more bytes. Its second product is no deeper than "
+    "the rank, so through XLA it takes as long as its input and y take to be read and written. "
+    "As one row of tiles that is as high as the matrix, all with the same v, it runs on the "
+    "kernel that keeps `x u`, which writes nothing in between: at 2x and 4x that is faster than "
+    "TSVD. None does so from 4,096 rows on, where nothing is differentiated, with ranks of 64 "
+    "and more, and runs the two products where tiles share the left factor and have up to 256 "
+    "rows. At 8x ranks of 64 want tiles of 512, of which a thread block has y of 128 rows and "
+    "1,024 columns to write once its first product is done, and nothing beside it."
 )
 
 
