@@ -40,7 +40,13 @@ GROUPED = """.9 of cuBLAS's speed, that of PyTorch and four times `ragged_dot`'s
 - **PyTorch** takes .94 to 1.16 times as long with 4 groups, .90 to 1.06 with 8 and .99 to 1.23 with
   64: 7, 3 and 10 of 12 cases are at least as fast here.
 - **`ragged_dot`** takes 3.2 to 4.0 times as long with 4 groups, 5.6 to 7.4 with 8. Four times its
-  155 to 191 TFLOP/s would be 620 to 764, where cuBLAS itself reaches 560 to 682."""
+  155 to 191 TFLOP/s would be 620 to 764, where cuBLAS itself reaches 560 to 682.
+
+What .9 of cuBLAS is missed by, in arithmetic. Tiles have 128 rows, and groups of other sizes do not
+fill their last: in whole rounds of 132 multiprocessors, 8 skewed groups leave .91 and .86 (4,096 x
+8,192), .86 and .78 (2,048 x 4,096) of the tiles' work for `gmm` and `dx`, where one matrix leaves
+.97; 64 skewed ones leave .65. `dw` writes a matrix for each group: eight of 4,096 x 8,192 are .54
+GB, .11 ms of .95, where cuBLAS writes one."""
 FINDINGS = """### What these tables say
 
 With half of the blocks the layer was to be 1.7 times as fast as the dense one at D = 4,096, 1.4
