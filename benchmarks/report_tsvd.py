@@ -66,8 +66,9 @@ EVERY = (
 QUEUED = (
     "Runs queue up for 50 ms, and a loop's step is four calls: what the host takes for either "
     "is in no time. 8,192 rows of GPT-2 were asked for and not reached. The kernel that keeps "
-    "`x u` had branches among its second products then, which it has no more: it was not timed "
-    "since, and None chooses it by these times."
+    "`x u` had branches among its second products then, also where its first product is 128 "
+    "columns wide or less, and its warps did not meet before `x u` takes x's place: with these two "
+    "changes it was not timed."
 )
 DECODER = (
     'Measured before few rows had a kernel of their own: "tsvd pallas" decodes with the two '

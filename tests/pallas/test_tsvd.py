@@ -12,7 +12,7 @@ from sparsax.pallas import tsvd
 from sparsax.pallas.grouped_matmul import product
 from sparsax.pallas.tsvd import products, split
 from tests.helpers import TOLERANCES, assert_near
-from tests.test_linear import Case, multiply
+from tests.test_linear import Case, matches_the_reference, multiply, value_and_gradients
 
 # Ragged rows and features, every width of a tile and of a chunk, sums that no step divides.
 CASES = (
@@ -58,30 +58,6 @@ FEW = (
 )  # fmt: skip
 
 
-def value_and_gradients(c, implementation, dtype):
-    """`y` and the gradients of x, factors and bias under jit, from inputs cast to `dtype`."""
-    *arguments, dy = jax.tree.map(lambda leaf: leaf.astype(dtype), c.inputs())
-
-    @jax.jit
-    def run(arguments, dy):
-        call = lambda *a: tsvd_matmul(*a, c.activation, implementation=implementation)
-        y, pull = jax.vjp(call, *arguments)
-        return y, pull(dy)
-
-    return run(arguments, dy)
-
-
-def check(c):
-    got = value_and_gradients(c, "pallas", c.dtype)
-    with jax.default_matmul_precision("highest"):
-        want = value_and_gradients(c, "reference", "float32")
-    tolerance = TOLERANCES[c.dtype]
-    assert got[0].dtype == jnp.dtype(c.dtype)
-    assert_near(got[0], want[0], tolerance.output, "y")
-    for one, other in zip(*map(jax.tree.leaves, (got[1], want[1])), strict=True):
-        assert_near(one, other, tolerance.gradient, "gradient")
-
-
 @pytest.fixture
 def few_blocks(fresh, monkeypatch):
     """Four thread blocks: products are wide, clusters share copies, and all walk over tiles."""
@@ -93,7 +69,7 @@ def few_blocks(fresh, monkeypatch):
 @BY_NAME
 def test_values_and_gradients_match_the_reference(c):
     with pallas.interpreted():
-        check(c)
+        matches_the_reference(c, "pallas")
 
 
 def forward_is_near(c):
@@ -188,8 +164,8 @@ def test_no_races_backward():
 @pytest.mark.gpu
 @BY_NAME
 def test_values_and_gradients_match_the_reference_on_the_gpu(c):
-    check(c)
-    one, two = (value_and_gradients(c, "pallas", c.dtype) for _ in range(2))
+    matches_the_reference(c, "pallas")
+    one, two = (value_and_gradients(c, c.dtype, "pallas") for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
@@ -209,8 +185,8 @@ LARGE_RESIDENT = Case(
 @pytest.mark.gpu
 @pytest.mark.parametrize("c", LARGE, ids=lambda c: c.name)
 def test_large_products_match_the_reference_on_the_gpu(c):
-    check(c)
-    one, two = (value_and_gradients(c, "pallas", c.dtype) for _ in range(2))
+    matches_the_reference(c, "pallas")
+    one, two = (value_and_gradients(c, c.dtype, "pallas") for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 

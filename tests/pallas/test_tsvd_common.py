@@ -12,7 +12,7 @@ from sparsax import CommonFactors, pallas, tsvd_common_matmul
 from sparsax.pallas import tsvd
 from sparsax.pallas.tsvd import resident
 from tests.helpers import TOLERANCES, assert_near
-from tests.test_linear import Case, value_and_gradients
+from tests.test_linear import Case, matches_the_reference, value_and_gradients
 
 OWN = (
     Case(name="plain", M=(130,), D=192, F=256, tile=64, rank=32, dtype="bfloat16"),
@@ -41,17 +41,6 @@ RESIDENT = (
 RESIDENTS = pytest.mark.parametrize("c", RESIDENT, ids=lambda c: c.name)
 
 
-def check(c):
-    got = value_and_gradients(c, c.dtype, "pallas")
-    with jax.default_matmul_precision("highest"):
-        want = value_and_gradients(c, "float32", "reference")
-    tolerance = TOLERANCES[c.dtype]
-    assert got[0].dtype == jnp.dtype(c.dtype)
-    assert_near(got[0], want[0], tolerance.output, "y")
-    for one, other in zip(*map(jax.tree.leaves, (got[1], want[1])), strict=True):
-        assert_near(one, other, tolerance.gradient, "gradient")
-
-
 def forward_is_near(c):
     x, factors, bias, _ = c.inputs()
     run = lambda *a: tsvd_common_matmul(*a, c.activation, implementation="pallas")
@@ -62,7 +51,7 @@ def forward_is_near(c):
 @BY_NAME
 def test_values_and_gradients_match_the_reference(c):
     with pallas.interpreted():
-        check(c)
+        matches_the_reference(c, "pallas")
 
 
 @pytest.fixture
@@ -86,7 +75,7 @@ def wide(c):
 def test_the_kernel_that_keeps_products_matches_the_reference(c):
     assert wide(c) == (128 if c.name == "one_panel" else 256)
     with pallas.interpreted():
-        check(c)
+        matches_the_reference(c, "pallas")
 
 
 @RESIDENTS
@@ -100,7 +89,7 @@ def test_products_in_the_place_of_x_race_with_nothing(c):
 @pytest.mark.gpu
 @pytest.mark.usefixtures("only_resident")
 def test_the_kernel_that_keeps_products_matches_the_reference_on_a_gpu(c):
-    check(c)
+    matches_the_reference(c, "pallas")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +160,7 @@ def test_none_runs_the_kernels_where_they_were_measured_to_be_faster(rows, side,
 @pytest.mark.gpu
 @BY_NAME
 def test_values_and_gradients_match_the_reference_on_a_gpu(c):
-    check(c)
+    matches_the_reference(c, "pallas")
 
 
 @pytest.mark.gpu
@@ -215,6 +204,6 @@ def test_padded_ranks_are_the_same_matrix_and_run():
 def test_two_runs_give_the_same_bits_on_a_gpu(side):
     c = Case(name="large", side=side, M=(4100,), D=1024, F=2048, tile=256, rank=64,
              dtype="bfloat16")  # fmt: skip
-    check(c)
+    matches_the_reference(c, "pallas")
     one, two = (value_and_gradients(c, c.dtype, "pallas") for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, two)

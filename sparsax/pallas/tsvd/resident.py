@@ -8,7 +8,6 @@ of one row of tiles, whose `x u` is there only when all of x was read, they take
 """
 
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -198,19 +197,25 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
                     goal = kept_smem.at[wg, tile * inner + i * lines + line]
                     goal[...] = p[side][:, begin : begin + DEPTH]
 
-            def output(n, side: int, meanwhile):
-                """A panel of piece n of y: those of a piece share its slots."""
+            def piece_of(m):
+                """Piece and panel of output m."""
+                n = lax.div(m, jnp.int32(panels))
+                return n, m - n * panels
+
+            def when(wanted, action):
+                """`action()` for one of the panels that share the slots of a piece."""
+                action() if panels == 1 else pl.when(wanted)(action)
+
+            def output(m, meanwhile):
+                """A panel of a piece of y."""
+                n, side = piece_of(m)
                 begin, (tile, _) = first_steps + n * inner, place(n)
 
                 def operands(k):
-                    if side == 0:
-                        ring.wait(begin + k)
+                    when(side == 0, lambda: ring.wait(begin + k))
                     return kept_smem.at[wg, tile * inner + k], b_smem.at[ring.slot(begin + k), side]
 
-                def release(k):
-                    if side == panels - 1:
-                        ring.release(begin + k)
-
+                release = lambda k: when(side == panels - 1, lambda: ring.release(begin + k))
                 y = cores.sum_beside((WG_ROWS, panel), inner, operands, release, meanwhile)
                 if bias_ref is not None:
                     at = pl.ds(first_column(n, side) * panel, panel)
@@ -218,8 +223,8 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
                     y = y + per_col(row, y.shape)
                 return (y if activation is None else activation(y)).astype(x.dtype)
 
-            def store(n, side: int, y):
-                begin = first_column(n, side) * (panel // CHUNK)
+            def store(m, y):
+                begin = first_column(*piece_of(m)) * (panel // CHUNK)
 
                 def copy(chunk, at):
                     at_rows = pl.ds((part + wg) * WG_ROWS, WG_ROWS)
@@ -235,17 +240,9 @@ def _kernel(x, u, v, has_bias: bool, activation, tiling: Tiling, interpret):
                 first = compute(jnp.int32(0), lambda: None)
                 use(count - 1, lax.fori_loop(1, count, go, first))
 
-            def outputs(n, store_last):
-                """All panels of piece n, each stored beside the products of the next one."""
-                y = output(n, 0, store_last)
-                for side in range(1, panels):
-                    last = functools.partial(store, n, side - 1, y)
-                    y = output(n, side, last)
-                return y
-
             last_first(num_in, hidden, keep)
             plgpu.commit_smem()
-            last_first(group * pieces, outputs, lambda n, y: store(n, panels - 1, y))
+            last_first(group * pieces * panels, output, store)
             plgpu.wait_smem_to_gmem(0)
 
     return launch(
