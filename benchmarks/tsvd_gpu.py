@@ -38,7 +38,6 @@ SHAPES = {
 QUICK = ["gpt2-m up", "llama-7b out"]
 KERNELS = ("products", "fused", "resident", "split")
 COMMON = ("products", "resident")  # those that TSVD-common is timed with, from more rows on
-MOST_FEW = 64
 CHAINED = 16  # layers; too many for the L2 cache where they are large
 
 
@@ -114,13 +113,13 @@ def ways(args, ratio: float, k: int, n: int) -> dict:
 def takes(name: str, rows: int, weights) -> bool:
     """Whether the kernel has a form for these rows and factors."""
     way, *rest = name.split()
-    if way == "split" and rows > pallas.tsvd.split.ROWS:
+    few = rows <= pallas.tsvd.split.ROWS
+    if way == "split" and not few:
         return False
     if way.startswith("common-"):
-        if rows <= MOST_FEW:
+        if few:
             return False
-        way = way.removeprefix("common-")
-        weights = jax.eval_shape(partial(pallas.as_tiles, side=rest[0]), *weights)
+        way, weights = way.removeprefix("common-"), pallas.shapes_as_tiles(*weights, rest[0])
     form = getattr(pallas.tsvd, way, None)  # the module of a schedule
     return not hasattr(form, "Tiling") or form.Tiling.of(*weights) is not None
 
