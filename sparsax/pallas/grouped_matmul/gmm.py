@@ -66,6 +66,7 @@ class _Item(NamedTuple):
     group: Any
     slab: Any  # the tile's first
     column: Any  # in tiles; sizes are multiplied at use, which proves copies to be aligned
+    place: Any  # in a pair, whose thread blocks share the columns; 0 where they share the rows
     start: Any  # of the group
     end: Any
     steps: Any
@@ -86,22 +87,34 @@ def _kernel(terms, biases, transpose_w: bool, activate, interpret):
 
         def item(n):
             tile, column = raster(n, table[0], wide // cluster)
-            column = column * cluster + beside(cluster)
+            column, place = column * cluster, 0
+            if cluster > 1:
+                # Two neighbouring columns of two paired tiles of rows are two items as well: each
+                # is a column of both tiles, which takes fewer reads than both columns of a tile.
+                place, me = table[1 + 4 * most + tile], beside(cluster)
+                tile = tile + jnp.where(place > 0, 1 - place + me, 0)
+                column = column + jnp.where(place > 0, place - 1, me)
             group, slab, start, end = (table[1 + i * most + tile] for i in range(4))
-            return _Item(group, slab, column, start, end, jnp.where(group < groups, past[-1], 0))
+            steps = jnp.where(group < groups, past[-1], 0)
+            return _Item(group, slab, column, place, start, end, steps)
 
         def fill(here, step, a, b, barrier):
             def from_term(x_ref, w_refs, step):
-                inner = pl.ds(step * DEPTH, DEPTH)
-                for half in range(COMPUTE):
-                    own = pl.ds(here.slab * SLAB + half * WG_ROWS, WG_ROWS)
-                    plgpu.copy_gmem_to_smem(
-                        x_ref.at[own, inner], a.at[half], barrier, **together(cluster)
-                    )
-                outer = pl.ds(here.column * width, width)
+                inner, outer = pl.ds(step * DEPTH, DEPTH), pl.ds(here.column * width, width)
                 part = (outer, inner) if transpose_w else (inner, outer)
-                for i, w_ref in enumerate(w_refs):
-                    plgpu.copy_gmem_to_smem(w_ref.at[(here.group, *part)], b.at[i], barrier)
+
+                def copy(of_x, of_w):
+                    for half in range(COMPUTE):
+                        own = pl.ds(here.slab * SLAB + half * WG_ROWS, WG_ROWS)
+                        plgpu.copy_gmem_to_smem(x_ref.at[own, inner], a.at[half], barrier, **of_x)
+                    for i, w_ref in enumerate(w_refs):
+                        source = w_ref.at[(here.group, *part)]
+                        plgpu.copy_gmem_to_smem(source, b.at[i], barrier, **of_w)
+
+                if cluster == 1:
+                    return copy({}, {})
+                pl.when(here.place > 0)(lambda: copy({}, together(cluster)))
+                pl.when(here.place == 0)(lambda: copy(together(cluster), {}))
 
             for source, first, end in zip(sources, [0, *past[:-1]], past, strict=True):
                 pl.when((first <= step) & (step < end))(
@@ -118,7 +131,10 @@ def _kernel(terms, biases, transpose_w: bool, activate, interpret):
             )
             each_chunk(total, staging, x.dtype, copy)
 
-        return Plan(table[0] * (wide // cluster), item, fill, finish, store)
+        def idle(here, wg):
+            return here.slab * SLAB + wg * WG_ROWS >= here.end
+
+        return Plan(table[0] * (wide // cluster), item, fill, finish, store, idle)
 
     shape = Shape(width, x.dtype, matrices, transpose_b=transpose_w, cluster=cluster)
     out = (

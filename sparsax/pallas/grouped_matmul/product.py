@@ -55,6 +55,7 @@ class Plan(NamedTuple):
     fill: Callable[..., None]  # `(item, step, a, b, barrier)`: COMPUTE + matrices copies
     finish: Callable[..., jax.Array]  # `(item, sums of all matrices)`: the tile of the result
     store: Callable[..., None]  # `(item, warpgroup, tile, staging)`
+    idle: Callable[..., Any] | None = None  # `(item, warpgroup)`: whether it has nothing to store
 
 
 def width_of(columns: int, matrices: int = 1) -> int:
@@ -141,10 +142,24 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
             return operands, lambda i: ring.release(begin + i)
 
         def add_up(here, begin):
-            totals = cores.sums(
-                (WG_ROWS, shape.width), shape.matrices, here.steps, *operands_since(begin)
-            )
-            plan.store(here, wg, plan.finish(here, totals), y_smem.at[wg])
+            def multiply():
+                totals = cores.sums(
+                    (WG_ROWS, shape.width), shape.matrices, here.steps, *operands_since(begin)
+                )
+                plan.store(here, wg, plan.finish(here, totals), y_smem.at[wg])
+
+            if plan.idle is None:
+                return multiply()
+            idle = plan.idle(here, wg)
+            pl.when(jnp.logical_not(idle))(multiply)
+
+            @pl.when(idle)  # then the products of the other one have the tensor cores
+            def _():
+                def skip(i, _):
+                    ring.wait(begin + i)
+                    ring.release(begin + i)
+
+                lax.fori_loop(0, here.steps, skip, None)
 
         def add_up_beside(steps):
             """Stores a tile beside the products of the next: short sums would else wait for it."""

@@ -27,17 +27,20 @@ def most_tiles(rows: int, groups: int) -> int:
 
 
 def row_tiles(starts: Int[Array, " G"], ends: Int[Array, " G"], rows: int) -> Int[Array, " F"]:
-    """Number of row tiles, then group, first slab, start and end of the group for each of them.
+    """Number of row tiles, then group, first slab, start and end of the group, and place of each.
 
-    A tile belongs to one group. It begins with a whole slab, up to 7 rows before the group.
+    A tile belongs to one group. It begins with a whole slab, up to 7 rows before the group. Tiles
+    of a group are paired in order; places are 1 and 2 in a pair, 0 of one left over.
     """
     first = starts // SLAB
     tiles = jnp.where(ends > starts, -(-(ends - SLAB * first) // ROWS), 0)
     past = jnp.cumsum(tiles)
     here = jnp.arange(most_tiles(rows, starts.shape[0]), dtype=jnp.int32)
     group = jnp.minimum((past <= here[:, None]).sum(-1), starts.shape[0] - 1)
-    slab = first[group] + ROWS // SLAB * (here - (past - tiles)[group])
-    fields = past[-1:], group, slab, starts[group], ends[group]
+    of_group = here - (past - tiles)[group]
+    slab = first[group] + ROWS // SLAB * of_group
+    place = jnp.where(of_group // 2 * 2 + 1 < tiles[group], 1 + of_group % 2, 0)
+    fields = past[-1:], group, slab, starts[group], ends[group], place
     return jnp.concatenate([x.astype(jnp.int32) for x in fields])
 
 
