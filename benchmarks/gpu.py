@@ -5,8 +5,10 @@ import dataclasses
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,34 +102,58 @@ def repeated(function, calls: int):
 
 def milliseconds(run, *args, calls: int, repeats: int = 5) -> float:
     """Median over repeats of the time of a call of a `repeated` function."""
-    last = None
-
-    def once():
-        nonlocal last
-        last = run(*args)
-
-    return queued_milliseconds(
-        once, lambda: jax.block_until_ready(last), calls=calls, repeats=repeats
-    )
+    return milliseconds_in_turns({"": Queue.of(run, *args, calls=calls)}, repeats=repeats)[""]
 
 
 def queued_milliseconds(run, wait, *, calls: int = 1, repeats: int = 5) -> float:
-    """Median over repeats of the time of a call; `run()` queues `calls` of them on the device.
+    """Median over repeats of the time of a call; `run()` queues `calls` of them on the device."""
+    return milliseconds_in_turns({"": Queue(run, wait, calls)}, repeats=repeats)[""]
 
-    So many runs queue up until `wait()` returns as take up to `SPAN` seconds together: to start
-    one, and to learn that it is done, takes the host up to half a millisecond.
-    """
 
-    def seconds(runs: int) -> float:
+class Queue(NamedTuple):
+    """Work that queues up on the device."""
+
+    run: Callable[[], None]  # queues `calls` calls
+    wait: Callable[[], None]  # until all is done that was queued
+    calls: int = 1
+
+    @classmethod
+    def of(cls, run, *args, calls: int) -> "Queue":
+        """Runs of a `repeated` function."""
+        last = None
+
+        def once():
+            nonlocal last
+            last = run(*args)
+
+        return cls(once, lambda: jax.block_until_ready(last), calls)
+
+    def seconds(self, runs: int) -> float:
+        """That so many runs take, one after the other."""
         begin = time.perf_counter()
         for _ in range(runs):
-            run()
-        wait()
+            self.run()
+        self.wait()
         return time.perf_counter() - begin
 
-    seconds(1)  # warm
-    runs = max(1, min(MOST, int(SPAN / seconds(1))))
-    return 1e3 * float(np.median([seconds(runs) / (runs * calls) for _ in range(repeats)]))
+
+def milliseconds_in_turns(queues: dict[str, Queue], *, repeats: int = 5) -> dict[str, float]:
+    """Median over repeats of the time of a call of each; they take turns.
+
+    So many runs queue up at a time as take up to `SPAN` seconds together: to start one, and to
+    learn that it is done, takes the host up to half a millisecond. A GPU lowers its clocks by what
+    it has drawn just before, which turns spread over all that are compared.
+    """
+    runs = {}
+    for name, queue in queues.items():
+        queue.seconds(1)  # warm
+        runs[name] = max(1, min(MOST, int(SPAN / queue.seconds(1))))
+    rounds = [{name: queue.seconds(runs[name]) for name, queue in queues.items()}
+              for _ in range(repeats)]  # fmt: skip
+    return {
+        name: 1e3 * float(np.median([each[name] for each in rounds])) / (runs[name] * queue.calls)
+        for name, queue in queues.items()
+    }
 
 
 def replayed_milliseconds(run, *, repeats: int = 5) -> float:
