@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     add_lengths = partial(parser.add_argument, type=int, nargs="*", metavar="LENGTH")
     add_lengths("--causal", default=lengths, help="lengths with the causal pattern")
-    add_lengths("--portable", default=[1024, 4096, 16384], help="with the portable path")
+    add_lengths("--portable", default=lengths, help="with the portable path")
     add_lengths("--flex", default=[], help="with PyTorch's FlexAttention")
     add_lengths("--flash4", default=[], help="with FlashAttention-4 (package flash-attn-4)")
     parser.add_argument("--heads", type=int, default=16)
@@ -153,7 +153,7 @@ def main() -> None:
             for row in each.measure():
                 rows.append(row)
                 show(row, args.heads)
-            save(args.name, rows)  # what there is, should the run be stopped
+                save(args.name, rows)  # what there is, should the run be stopped
     print(save(args.name, rows))
 
 
