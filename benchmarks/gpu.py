@@ -16,6 +16,7 @@ import numpy as np
 
 BLOCK = 128
 UNROLLED = 4  # calls in one step of a loop that is timed
+HELD = 2**26  # bytes of results that wait to be read
 SPAN, MOST = 0.05, 200  # seconds that are timed at once, and runs that queue up for it
 
 
@@ -84,18 +85,31 @@ def repeated(function, calls: int):
     a GPU takes for a short one. A step of the loop is `UNROLLED` calls, for a step takes some 10 us
     whatever is in it. Barriers tie the arguments of a call to what the calls before it wrote, so
     that XLA can take none of the work out of the loop, make one of two calls, or compute less than
-    all results.
+    all results. An element of each result is read by a kernel of some 2 us: once a step, where the
+    results of its calls fit in `HELD` bytes, else after every call.
     """
     function = jax.jit(function)  # lowered once for all calls of a step
 
     @jax.jit
     def run(*args):
-        def body(before, _):
-            of_call, before = jax.lax.optimization_barrier((args, before))
-            leaves = jax.tree.leaves(jax.lax.optimization_barrier(function(*of_call)))
-            return before + sum(x[(0,) * x.ndim].astype(np.float32) for x in leaves), None
+        made = jax.tree.leaves(jax.eval_shape(function, *args))
+        held = UNROLLED * sum(x.size * x.dtype.itemsize for x in made) <= HELD
 
-        return jax.lax.scan(body, jnp.float32(0), length=calls, unroll=min(calls, UNROLLED))[0]
+        def read(before, results):
+            return before + sum(x[(0,) * x.ndim].astype(np.float32) for x in results)
+
+        def step(before, number):
+            results = []
+            for _ in range(number):
+                of_call, before, results = jax.lax.optimization_barrier((args, before, results))
+                results += jax.tree.leaves(function(*of_call))
+                if not held:
+                    before, results = read(before, jax.lax.optimization_barrier(results)), []
+            return read(before, jax.lax.optimization_barrier(results))
+
+        steps, rest = divmod(calls, UNROLLED)
+        body = lambda before, _: (step(before, UNROLLED), None)
+        return step(jax.lax.scan(body, jnp.float32(0), length=steps)[0], rest)
 
     return run
 

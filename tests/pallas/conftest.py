@@ -51,6 +51,19 @@ def fresh():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def few_multiprocessors():
+    """So few, where there is no GPU, that thread blocks have several rows, dealt by their lists."""
+    if jax.default_backend() == "gpu":
+        yield
+        return
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(schedule, "multiprocessors", lambda: 2)
+        yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def joined(fresh, monkeypatch):
     """On a GPU so small that long rows are cut: a list of the calls that joined their pieces."""

@@ -10,9 +10,11 @@ import pytest
 import sparsax
 from sparsax import block_sparse_attention, pallas
 from sparsax.pallas.block_sparse import config as configs
+from sparsax.pallas.block_sparse import schedule
 from tests.helpers import assert_near
 from tests.pallas.cases import KERNEL_CASES, LARGE, SMALL
 
+pytestmark = pytest.mark.usefixtures("few_multiprocessors")
 name = lambda c: c.name
 # Interpreting a case takes seconds; these few meet every feature of the kernels between them. What
 # h32 shows is checked by `test_who_waits_for_whom_changes_no_bit`.
@@ -57,6 +59,25 @@ def check(c):
 def test_interpreted_kernels_match_the_reference_without_races(c):
     with pallas.interpreted(detect_races=True):
         check(c)
+
+
+@pytest.mark.usefixtures("no_races")
+@pytest.mark.parametrize("which", ["h128_mqa", "holes"])
+def test_rows_need_no_order_where_each_has_a_multiprocessor(which, fresh, monkeypatch):
+    monkeypatch.setattr(schedule, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(schedule.Schedule, "read", refuse_to_sort(schedule.Schedule.read))
+    with pallas.interpreted(detect_races=True):
+        check(next(c for c in INTERPRETED if c.name == which))
+
+
+def refuse_to_sort(read):
+    """Reads items of rows that were dealt beforehand; an error of those that were ranked."""
+
+    def checked(self, *args):
+        assert self.beforehand
+        return read(self, *args)
+
+    return checked
 
 
 @pytest.mark.gpu

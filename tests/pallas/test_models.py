@@ -25,16 +25,16 @@ def launches(make, run, *arrays) -> int:
     return launched(text)
 
 
-def test_longformer_launches_four_kernels_a_layer():
-    """One deals out rows, one gathers what is listed, one attends, one puts rows back."""
+def test_longformer_launches_three_kernels_a_layer():
+    """One gathers what is listed, one attends, one puts rows back: so few need not be dealt out."""
     tokens = jax.ShapeDtypeStruct((2, 1000), jnp.int32)
     mask = jax.ShapeDtypeStruct((2, 1000), bool)
     make = lambda: Longformer(CONFIG, max_global=20, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     run = lambda m, x, real, chosen: m(x, key_mask=real, global_mask=chosen)
-    assert launches(make, run, tokens, mask, mask) == 4 * CONFIG.num_hidden_layers
+    assert launches(make, run, tokens, mask, mask) == 3 * CONFIG.num_hidden_layers
 
 
-@pytest.mark.parametrize(("length", "found"), [(500, 2), (1000, 4)])
+@pytest.mark.parametrize(("length", "found"), [(500, 1), (1000, 3)])
 def test_bigbird_attends_in_one_launch_or_is_dense(length, found):
     """Dense, nothing is gathered or put back."""
     x = jax.ShapeDtypeStruct((2, length, 128), jnp.bfloat16)

@@ -100,6 +100,13 @@ class Schedule:
         """Whether all rows are dealt by what is expected, without the data."""
         return bool(self.expected.of_rows) and not self.extra
 
+    def unsorted(self) -> "Schedule":
+        """Itself; dealt beforehand if no team has more than one row, so that any order will do."""
+        if self.extra or self.rows * self.copies > self.teams * multiprocessors():
+            return self
+        alike = Expected(self.expected.units, (1,) * self.tiles)
+        return dataclasses.replace(self, expected=alike)
+
     def hands(self) -> np.ndarray:
         """What each team does in turn where rows are dealt beforehand: numbers `[turns, teams]`.
 

@@ -111,10 +111,11 @@ def _kernel(terms, biases, transpose_w: bool, activate, interpret):
                         source = w_ref.at[(here.group, *part)]
                         plgpu.copy_gmem_to_smem(source, b.at[i], barrier, **of_w)
 
-                if cluster == 1:
-                    return copy({}, {})
-                pl.when(here.place > 0)(lambda: copy({}, together(cluster)))
-                pl.when(here.place == 0)(lambda: copy(together(cluster), {}))
+                if cluster > 1:
+                    pl.when(here.place > 0)(lambda: copy({}, together(cluster)))
+                    pl.when(here.place == 0)(lambda: copy(together(cluster), {}))
+                else:
+                    copy({}, {})
 
             for source, first, end in zip(sources, [0, *past[:-1]], past, strict=True):
                 pl.when((first <= step) & (step < end))(

@@ -148,18 +148,17 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
                 )
                 plan.store(here, wg, plan.finish(here, totals), y_smem.at[wg])
 
-            if plan.idle is None:
-                return multiply()
-            idle = plan.idle(here, wg)
-            pl.when(jnp.logical_not(idle))(multiply)
-
-            @pl.when(idle)  # then the products of the other one have the tensor cores
-            def _():
-                def skip(i, _):
+            def skip():  # the products of the other one have the tensor cores
+                def one(i, _):
                     ring.wait(begin + i)
                     ring.release(begin + i)
 
-                lax.fori_loop(0, here.steps, skip, None)
+                lax.fori_loop(0, here.steps, one, None)
+
+            if plan.idle is None:
+                multiply()
+            else:
+                lax.cond(plan.idle(here, wg), skip, multiply)
 
         def add_up_beside(steps):
             """Stores a tile beside the products of the next: short sums would else wait for it."""
