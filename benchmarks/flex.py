@@ -13,20 +13,21 @@ def flex_attention(heads: int, length: int, features: int, block: int) -> Callab
     Every listed block is a full block: its kernels apply no mask, as ours do. bfloat16, batch 1,
     compiled with max-autotune for these sizes, once for all masks.
     """
+    measure = _timer((1, heads, length, features))
+    return lambda mask: measure(listed(mask, block))
+
+
+def listed(mask: np.ndarray, block: int):
+    """The lists of full blocks of a boolean block mask."""
     import torch
     from torch.nn.attention.flex_attention import BlockMask
 
-    measure = _timer((1, heads, length, features))
-
-    def measure_mask(mask: np.ndarray) -> tuple[float, float]:
-        counts, indices = mask.sum(-1), np.argsort(~mask, -1, kind="stable")
-        counts, indices = (
-            torch.tensor(x[None], dtype=torch.int32, device="cuda") for x in (counts, indices)
-        )
-        none = torch.zeros_like(counts)
-        return measure(BlockMask.from_kv_blocks(none, indices, counts, indices, BLOCK_SIZE=block))
-
-    return measure_mask
+    counts, indices = mask.sum(-1), np.argsort(~mask, -1, kind="stable")
+    counts, indices = (
+        torch.tensor(x[None], dtype=torch.int32, device="cuda") for x in (counts, indices)
+    )
+    none = torch.zeros_like(counts)
+    return BlockMask.from_kv_blocks(none, indices, counts, indices, BLOCK_SIZE=block)
 
 
 def flex_compound(batch: int, heads: int, features: int, pattern) -> tuple[float, float]:
@@ -60,21 +61,32 @@ def flex_compound(batch: int, heads: int, features: int, pattern) -> tuple[float
 def _timer(shape: tuple[int, ...]) -> Callable[[Any], tuple[float, float]]:
     """Times q, k, v of a shape `[B, N, T, H]` under a block mask."""
     import torch
-    from torch.nn.attention.flex_attention import flex_attention
 
-    attend = torch.compile(flex_attention, mode="max-autotune-no-cudagraphs", dynamic=False)
-    q, k, v, do = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    calls = passes(shape)
 
     def measure(lists) -> tuple[float, float]:
-        forward = lambda: [attend(q, k, v, block_mask=lists)]
-
-        def both():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            attend(*leaves, block_mask=lists).backward(do)
-            return [x.grad for x in leaves]
-
+        forward, both = calls(lists)
         with torch.no_grad():
             alone = replayed_milliseconds(forward)
         return alone, replayed_milliseconds(both)
 
     return measure
+
+
+def passes(shape: tuple[int, ...]) -> Callable[[Any], tuple[Callable, Callable]]:
+    """Calls of the forward pass and of both by block mask, of q, k, v of a shape `[B, N, T, H]`."""
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend = torch.compile(flex_attention, mode="max-autotune-no-cudagraphs", dynamic=False)
+    q, k, v, do = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+
+    def of(lists):
+        def both():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            attend(*leaves, block_mask=lists).backward(do)
+            return [x.grad for x in leaves]
+
+        return lambda: [attend(q, k, v, block_mask=lists)], both
+
+    return of

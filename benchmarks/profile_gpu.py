@@ -4,7 +4,9 @@
 
 Starts itself under `ncu`, which has to be on the PATH, once for each case, and leaves the clocks
 alone. bfloat16. `spion`: 16 heads of 64 and of 128 features, 16,384 tokens, a band and full columns
-of blocks of 128, density .1, as in attention_gpu.py; `few`: its band. `qds`, `longformer`:
+of blocks of 128, density .1, as in attention_gpu.py; `few`: its band.
+`short`, `middle`: the same of 1,024 and 4,096 tokens, `--only 'flex short 64'` FlexAttention of
+them. `qds`, `longformer`:
 compound attention as in compound_gpu.py. Dense cuDNN stands beside each; `--only 'flash4 64'
 'flash4 128'`: FlashAttention-4's kernels on `spion`'s lists. A row holds, for one launch,
 microseconds, what share of its peak each pipe and memory reached while the kernel ran, and how many
@@ -29,8 +31,14 @@ from harness import save
 import sparsax
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes share the GPU
-KERNELS = "block_sparse_(forward|dq|dkv)|sdpa|flash"
+KERNELS = "block_sparse_(forward|dq|dkv)|sdpa|flash|triton"
 FLASH4 = {"flash4 64": 64, "flash4 128": 128}  # cases that need its package: features
+# Shorter sequences, of FlexAttention also: tokens, features, density.
+SHORT = {
+    f"{name} {features}": (length, features, density)
+    for name, length, density in (("short", 1024, 0.125), ("middle", 4096, 0.1))
+    for features in (64, 128)
+}
 SECTIONS = "SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "LaunchStats"
 PIPE = re.compile(r"sm__(inst_executed_)?pipe_(\w+?)(?:_cycles_active)?\.avg\.pct_of_peak_\w+")
 STALL = re.compile(r"smsp__average_warps?_latency_issue_stalled_(\w+)\.ratio|"
@@ -61,6 +69,9 @@ def cases(quick: bool):
         )
         found[f"few {features}"] = sparsax.block_sparse_attention, shape, (few,)
         found[f"dense {features}"] = dense, shape, ()
+    for name, (length, features, _) in SHORT.items():
+        pattern = sparsax.BlockPattern.from_block_mask(short(name), q_len=length, block_q=BLOCK)
+        found[name] = sparsax.block_sparse_attention, (1, length, 16, features), (pattern,)
     found["qds"] = sparsax.compound_attention, (8, 2048, 12, 64), (qds(8),)
     found["dense like qds"] = dense, (8, 2048, 12, 64), ()
     scattered = longformer(4096, 64, True)
@@ -69,8 +80,27 @@ def cases(quick: bool):
     return found
 
 
+def short(name: str):
+    """The block mask of one of `SHORT`."""
+    length, _, density = SHORT[name]
+    return spion_like(16, length // BLOCK, density)
+
+
 def run(name: str, quick: bool) -> None:
     """One forward and backward pass, in the process that is looked at."""
+    if name.startswith("flex "):
+        import flex
+        import torch
+
+        length, features, _ = SHORT[name.removeprefix("flex ")]
+        lists = flex.listed(short(name.removeprefix("flex ")), BLOCK)
+        _, both_passes = flex.passes((1, 16, length, features))(lists)
+        both_passes()  # tunes itself
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStart()
+        both_passes()
+        torch.cuda.synchronize()
+        return
     if name in FLASH4:
         import flash4
         import torch
@@ -93,6 +123,7 @@ def profiled(name: str, quick: bool) -> str:
     command = [
         ncu, "--csv", "--page", "raw", "--clock-control", "none", "--cache-control", "none",
         "--kernel-name", f"regex:{KERNELS}", *(f"--section={x}" for x in SECTIONS),
+        *(["--profile-from-start", "off"] if name.startswith("flex ") else []),
         sys.executable, __file__, "--case", name, *(["--quick"] if quick else []),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)

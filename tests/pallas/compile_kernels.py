@@ -24,18 +24,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 import sparsax
 from sparsax import pallas
 
-L, N = 1024, 4
+L = 1024
 
 
-def main(features: int, block: int, masked: bool) -> None:
+def main(features: int, block: int, masked: bool, heads: int) -> None:
     target = (Path(__file__).parent / "h200.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
     argument = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     pattern = sparsax.BlockPattern.from_block_mask(
-        np.ones((N, L // block, L // block), bool), q_len=L, block_q=block
+        np.ones((heads, L // block, L // block), bool), q_len=L, block_q=block
     )
-    q = jax.ShapeDtypeStruct((1, L, N, features), jnp.bfloat16, sharding=sharding)
+    q = jax.ShapeDtypeStruct((1, L, heads, features), jnp.bfloat16, sharding=sharding)
     ids = jax.ShapeDtypeStruct((1, L), jnp.int32, sharding=sharding)
 
     def step(q, k, v, pattern, ids):
@@ -51,4 +51,4 @@ def main(features: int, block: int, masked: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1", int(sys.argv[4]))

@@ -156,7 +156,7 @@ def _of_keys(
     expected = Expected(expected.units * lists_of_row, of_rows)
     # Columns of a pattern differ more in length than its rows: more is left to even them out.
     schedule = Schedule(samples * owners, rows, copies, longest, expected, twentieths=18)
-    schedule = schedule.unsorted()
+    schedule = schedule.in_any_order()
     table, splits = deal(schedule, queries * work.sum(1), interpret=interpret)
     operands = *_operands(lists, table, ids), *arrays
     found = []
@@ -184,7 +184,7 @@ def _of_queries(
     longest = units(lists.cols.shape[-1], problem.block_kv)
     copies = problem.B // problem.samples * (problem.N // problem.P)
     schedule = Schedule(problem.owners, work.shape[1], copies, longest, expected, teams)
-    schedule = schedule.unsorted()
+    schedule = schedule.in_any_order()
     return schedule, *deal(schedule, work, lists.full, lists.count, interpret=interpret)
 
 

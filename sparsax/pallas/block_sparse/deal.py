@@ -29,6 +29,8 @@ def deal(
     Every thread block adds up all work for itself, so that none waits for another.
     """
     s = schedule
+    if s.single:
+        return jnp.zeros(1, jnp.int32), None  # nobody reads it
     if s.beforehand:
         return jnp.asarray(s.hands().ravel()), None
     strip_rows = min(STRIP, -(-s.rows // (AT_ONCE * multiprocessors())))

@@ -76,6 +76,7 @@ class Schedule:
     expected: Expected = NOTHING
     teams: int = 1  # of a thread block, which do their row tiles on their own
     twentieths: int = 19  # of all row tiles, which teams that stay do
+    single: bool = False  # whether no team has more than one row, so that any order will do
 
     @property
     def rows(self) -> int:
@@ -98,14 +99,12 @@ class Schedule:
     @property
     def beforehand(self) -> bool:
         """Whether all rows are dealt by what is expected, without the data."""
-        return bool(self.expected.of_rows) and not self.extra
+        return self.single or (bool(self.expected.of_rows) and not self.extra)
 
-    def unsorted(self) -> "Schedule":
-        """Itself; dealt beforehand if no team has more than one row, so that any order will do."""
-        if self.extra or self.rows * self.copies > self.teams * multiprocessors():
-            return self
-        alike = Expected(self.expected.units, (1,) * self.tiles)
-        return dataclasses.replace(self, expected=alike)
+    def in_any_order(self) -> "Schedule":
+        """Itself, or the one of single rows where there are so few."""
+        few = not self.extra and self.rows * self.copies <= self.teams * multiprocessors()
+        return dataclasses.replace(self, single=few)
 
     def hands(self) -> np.ndarray:
         """What each team does in turn where rows are dealt beforehand: numbers `[turns, teams]`.
@@ -134,12 +133,14 @@ class Schedule:
     def dealt(self) -> int:
         """Items of each team that stays; each multiprocessor has those of one thread block."""
         if self.beforehand:
-            return len(self.hands())
+            return 1 if self.single else len(self.hands())
         return self.twentieths * self.rows * self.copies // (20 * multiprocessors() * self.teams)
 
     @property
     def staying(self) -> int:
         """Teams that stay."""
+        if self.single:
+            return self.teams * min(multiprocessors(), self.rows * self.copies)
         if self.beforehand:
             return self.hands().shape[1]
         return multiprocessors() * self.teams if self.dealt else 0
@@ -196,6 +197,7 @@ class Schedule:
         Nothing here waits for what is read.
         """
         if self.beforehand:
+            seen = jnp.where(team < self.rows * self.copies, team, -1) if self.single else seen
             number = jnp.maximum(seen, 0)
             index, copy = number // self.copies, lax.rem(number, jnp.int32(self.copies))
             owner, row = index // self.tiles, lax.rem(index, jnp.int32(self.tiles))
@@ -240,6 +242,8 @@ class Schedule:
 
         `extra` are references to what `deal` was given besides work.
         """
+        if self.single:  # no loop, which would hold what comes next in registers
+            return visit(self.item(*self.read(team, 0, None, table, None, extra)), carry)
         added = None if self.beforehand else table[0]
         look = lambda slot: self.look(team, slot, table)
         read = lambda slot, seen: self.read(team, slot, seen, table, added, extra)
