@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flash4 import flash4_attention
 from flex import flex_attention
-from gpu import BLOCK, PATTERNS, Programs
+from gpu import BLOCK, PATTERNS, UNROLLED, Programs
 from harness import save
 
 import sparsax
@@ -44,20 +44,21 @@ class Length:
         array = jax.ShapeDtypeStruct(self.shape, jnp.bfloat16)
         every = self.pattern(np.ones((args.heads, self.blocks, self.blocks), bool))
 
-        def programs(attend, *rest, calls, **options):
+        def programs(attend, *rest, calls, unrolled=UNROLLED, **options):
             attend = partial(attend, **options)
-            return Programs.start(pool, attend, (array,) * 4, *rest, calls=calls)
+            return Programs.start(pool, attend, (array,) * 4, *rest, calls=calls, unrolled=unrolled)
 
         self.sparse, self.dense = {}, {}
-        calls = max(2, min(100, 2**18 // length))  # so that starting the loop is nothing beside it
+        calls = max(2, min(96, 2**18 // length))  # so that starting the loop is nothing beside it
+        unrolled = 16 if length <= 2048 else UNROLLED  # nor is a step of it beside short calls
         for causal in (False, True) if length in args.causal else (False,):
             self.sparse[causal] = programs(
-                sparsax.block_sparse_attention, every, calls=calls, causal=causal,
-                implementation=args.implementation,
+                sparsax.block_sparse_attention, every, calls=calls, unrolled=unrolled,
+                causal=causal, implementation=args.implementation,
             )  # fmt: skip
             self.dense[causal] = programs(
-                jax.nn.dot_product_attention, calls=calls, is_causal=causal,
-                implementation=args.dense,
+                jax.nn.dot_product_attention, calls=calls, unrolled=unrolled,
+                is_causal=causal, implementation=args.dense,
             )  # fmt: skip
         self.portable = None
         if length in args.portable:

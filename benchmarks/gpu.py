@@ -16,7 +16,7 @@ import numpy as np
 
 BLOCK = 128
 UNROLLED = 4  # calls in one step of a loop that is timed
-HELD = 2**26  # bytes of results that wait to be read
+HELD = 2**25  # bytes of results that wait to be read
 SPAN, MOST = 0.05, 200  # seconds that are timed at once, and runs that queue up for it
 
 
@@ -78,37 +78,38 @@ def both(attend):
     return run
 
 
-def repeated(function, calls: int):
+def repeated(function, calls: int, unrolled: int = UNROLLED):
     """A jitted function that calls `function` so often, one call after the other.
 
     As in a training step, the host is out of the way: it would take longer to dispatch a call than
-    a GPU takes for a short one. A step of the loop is `UNROLLED` calls, for a step takes some 10 us
+    a GPU takes for a short one. A step of the loop is `unrolled` calls, for a step takes some 10 us
     whatever is in it. Barriers tie the arguments of a call to what the calls before it wrote, so
     that XLA can take none of the work out of the loop, make one of two calls, or compute less than
-    all results. An element of each result is read by a kernel of some 2 us: once a step, where the
-    results of its calls fit in `HELD` bytes, else after every call.
+    all results. A kernel of some 2 us reads an element of each result of as many calls as fit in
+    `HELD` bytes, or of one.
     """
     function = jax.jit(function)  # lowered once for all calls of a step
 
     @jax.jit
     def run(*args):
         made = jax.tree.leaves(jax.eval_shape(function, *args))
-        held = UNROLLED * sum(x.size * x.dtype.itemsize for x in made) <= HELD
+        at_once = max(1, HELD // sum(x.size * x.dtype.itemsize for x in made))
 
         def read(before, results):
+            results = jax.lax.optimization_barrier(results)
             return before + sum(x[(0,) * x.ndim].astype(np.float32) for x in results)
 
         def step(before, number):
             results = []
-            for _ in range(number):
+            for i in range(number):
                 of_call, before, results = jax.lax.optimization_barrier((args, before, results))
                 results += jax.tree.leaves(function(*of_call))
-                if not held:
-                    before, results = read(before, jax.lax.optimization_barrier(results)), []
-            return read(before, jax.lax.optimization_barrier(results))
+                if i % at_once == at_once - 1:
+                    before, results = read(before, results), []
+            return read(before, results)
 
-        steps, rest = divmod(calls, UNROLLED)
-        body = lambda before, _: (step(before, UNROLLED), None)
+        steps, rest = divmod(calls, unrolled)
+        body = lambda before, _: (step(before, unrolled), None)
         return step(jax.lax.scan(body, jnp.float32(0), length=steps)[0], rest)
 
     return run
@@ -224,10 +225,12 @@ class Programs:
     both: Future
 
     @classmethod
-    def start(cls, pool: ThreadPoolExecutor, attend, arrays, *rest, calls: int) -> "Programs":
+    def start(
+        cls, pool: ThreadPoolExecutor, attend, arrays, *rest, calls: int, unrolled: int = UNROLLED
+    ) -> "Programs":
         """Traces them here and compiles them in the pool."""
         compile_ = lambda function, *args: pool.submit(
-            repeated(function, calls).lower(*args, *rest).compile
+            repeated(function, calls, unrolled).lower(*args, *rest).compile
         )
         return cls(calls, compile_(attend, *arrays[:3]), compile_(both(attend), *arrays))
 

@@ -6,7 +6,7 @@ Starts itself under `ncu`, which has to be on the PATH, once for each case, and 
 alone. bfloat16. `spion`: 16 heads of 64 and of 128 features, 16,384 tokens, a band and full columns
 of blocks of 128, density .1, as in attention_gpu.py; `few`: its band.
 `short`, `middle`: the same of 1,024 and 4,096 tokens, `--only 'flex short 64'` FlexAttention of
-them. `qds`, `longformer`:
+them. `--grouped`: grouped products and PyTorch's. `qds`, `longformer`:
 compound attention as in compound_gpu.py. Dense cuDNN stands beside each; `--only 'flash4 64'
 'flash4 128'`: FlashAttention-4's kernels on `spion`'s lists. A row holds, for one launch,
 microseconds, what share of its peak each pipe and memory reached while the kernel ran, and how many
@@ -31,13 +31,20 @@ from harness import save
 import sparsax
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes share the GPU
-KERNELS = "block_sparse_(forward|dq|dkv)|sdpa|flash|triton"
+KERNELS = "block_sparse_(forward|dq|dkv)|sdpa|flash|triton|gmm|cutlass"
 FLASH4 = {"flash4 64": 64, "flash4 128": 128}  # cases that need its package: features
 # Shorter sequences, of FlexAttention also: tokens, features, density.
 SHORT = {
     f"{name} {features}": (length, features, density)
     for name, length, density in (("short", 1024, 0.125), ("middle", 4096, 0.1))
     for features in (64, 128)
+}
+# Grouped products: D, F, groups, how rows are dealt to them.
+GROUPED = {
+    f"{who} {d}x{f} {groups} {sizes}": (who, d, f, groups, sizes)
+    for d, f in ((4096, 8192), (2048, 4096))
+    for groups, sizes in ((4, "even"), (8, "even"), (8, "skewed"))
+    for who in ("grouped", "torch")
 }
 SECTIONS = "SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "LaunchStats"
 PIPE = re.compile(r"sm__(inst_executed_)?pipe_(\w+?)(?:_cycles_active)?\.avg\.pct_of_peak_\w+")
@@ -101,6 +108,20 @@ def run(name: str, quick: bool) -> None:
         both_passes()
         torch.cuda.synchronize()
         return
+    if name in GROUPED:
+        import grouped_gpu
+
+        who, *shape, groups, sizes = GROUPED[name]
+        sizes = grouped_gpu.SIZES[sizes](8192, groups)
+        if who == "torch":
+            for queue in grouped_gpu.of_torch(8192, *shape, sizes).values():
+                queue.run()
+                queue.wait()
+            return
+        given = grouped_gpu.operands(8192, *shape, sizes)
+        for product, call in grouped_gpu.ours("pallas").items():
+            jax.block_until_ready(jax.jit(call)(*given[product]))
+        return
     if name in FLASH4:
         import flash4
         import torch
@@ -162,7 +183,8 @@ def rows(name: str, printed: str) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", help="run this one, nothing else: what ncu is given")
-    parser.add_argument("--only", nargs="+", help="cases; all without")
+    parser.add_argument("--only", nargs="+", help="cases; all of attention without")
+    parser.add_argument("--grouped", action="store_true", help="grouped products alone")
     parser.add_argument("--quick", action="store_true", help="short sequences")
     parser.add_argument("--name", default="profile_gpu", help="of the result")
     args = parser.parse_args()
@@ -170,7 +192,7 @@ def main() -> None:
         run(args.case, args.quick)
         return
     every = []
-    for name in args.only or cases(args.quick):
+    for name in args.only or (GROUPED if args.grouped else cases(args.quick)):
         for row in rows(name, profiled(name, args.quick)):
             every.append(row)
             print({k: x for k, x in row.items() if k != "waits"}, flush=True)

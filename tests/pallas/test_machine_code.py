@@ -21,8 +21,8 @@ pytestmark = [
 
 # Bytes that the kernels of (head dim, masked) may spill, 0 where nothing is said. The masked loop
 # of a kernel spills around the arithmetic of the mask, and where a row's sums are held beside the
-# first tile of the next row; 256 features do not fit in the registers. What is read ahead of the next
-# row takes its share: rows that are not dealt out have nothing to read ahead.
+# first tile of the next row; 256 features do not fit in the registers. What is read ahead of the
+# next row takes its share: rows that are not dealt out have nothing to read ahead.
 SPILLS = {
     (32, True): {"dq": 228, "dkv": 12},
     (64, False): {"dkv": 40},
