@@ -3,6 +3,9 @@
 from report import number, table
 
 KERNELS = {
+    "per_fused_flex": "before the backward",
+    "flex_attention_backward": "backward",
+    "flex_attention": "forward",
     "FlashAttentionForward": "forward",
     "BackwardPreprocess": "before the backward",
     "BackwardPostprocess": "after the backward",
@@ -28,6 +31,8 @@ TEXT = (
     "Counters of Nsight Compute for one launch: `spion`, the pattern of the tables at 16,384 "
     "tokens and a density of 10 %; `few`, its band of three blocks alone, 2 %; `qds`, compound "
     "attention of 64 features and 2,048 tokens ([docs/compound.md](compound.md)); and dense cuDNN. "
+    "`short` and `middle` are `few` of 1,024 tokens and `spion` of 4,096, `flex` FlexAttention of "
+    "the same. "
     "Shares are of a pipe's peak while the kernel ran, and of the cycles in which a scheduler "
     "could issue an instruction; cycles are what an average warp, the copying ones among them, "
     "spends on each reason from one instruction to the next. Lesser reasons have no column."

@@ -36,9 +36,10 @@ def origin(name: str, record: dict) -> str:
         if version not in versions.setdefault(package, []):
             versions[package].append(version)
     commands = " and ".join(f"`{command}`" for command in told("command"))
+    cards = " and one ".join(told("device"))
     used = ", ".join(f"{package} {' and '.join(found)}" for package, found in versions.items())
     note = f" The file holds {record['note']}." if "note" in record else ""
     return (
-        f"`benchmarks/results/{name}.json`: {commands} on one {record['device']}, commit "
+        f"`benchmarks/results/{name}.json`: {commands} on one {cards}, commit "
         f"{' and '.join(told('commit'))}, {used}.{note}"
     )

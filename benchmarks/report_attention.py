@@ -46,6 +46,8 @@ def ratio(row: dict, peer: str, kind: str) -> float | None:
 def speed(rows: list[dict], heads: int) -> str:
     """The table of one number of head features."""
     head, cells = ["length", "pattern", "density"], []
+    cards = len({row.get("device") for row in rows}) > 1  # each named in its rows
+    head += ["GPU"] * cards
     peers = [peer for peer in PEERS if peer != "flash4" or any(peer in row for row in rows)]
     for name, _ in KINDS.values():
         head += [f"{name} ms", "TFLOP/s", *(f"x {PEERS[peer]}" for peer in peers)]
@@ -57,6 +59,7 @@ def speed(rows: list[dict], heads: int) -> str:
         # At short lengths several densities ask for the same blocks: the last one's times.
         for row in {r["density"]: r for r in sorted(found, key=lambda r: r["density"])}.values():
             line = [f"{length:,}", pattern, f"{100 * row['density']:.1f} %"]
+            line += [row["device"].removeprefix("NVIDIA ").split()[0]] * cards
             for kind, (_, products) in KINDS.items():
                 flop = products * 2 * heads * length**2 * row["features"] * row["density"]
                 rate = None if row.get(kind) is None else flop / row[kind] / 1e9

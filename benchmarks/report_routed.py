@@ -1,6 +1,7 @@
 """Writes docs/routed.md and docs/grouped_gpu.png from what was measured on a GPU.
 
     python benchmarks/grouped_gpu.py                               # results/grouped_gpu.json
+    python benchmarks/profile_gpu.py --grouped                     # results/profile_grouped.json
     python benchmarks/routed_ffn_gpu.py --torch --keep-hidden      # results/routed_ffn_gpu.json
     uv run python benchmarks/report_routed.py                      # anywhere (the `plots` extra)
 
@@ -34,44 +35,58 @@ KEPT_LOST = """*Kept* rows repeat no product: 6 products for 6, with LoRA 4 for 
 gain at most G / k with both passes as well."""
 GROUPED = """.9 of cuBLAS's speed, that of PyTorch and four times `ragged_dot`'s were aimed at.
 
-- **cuBLAS** takes .88 to 1.10 times as long with 4 groups, .82 to .97 with 8, where it reads an
-  eighth of the matrices: .9 in 11 and 5 of 12 cases. Of 64 groups the matrices alone take longer to
-  read than half of its time: .46 to .67.
-- **PyTorch** takes .94 to 1.16 times as long with 4 groups, .90 to 1.06 with 8 and .99 to 1.23 with
-  64: 7, 3 and 10 of 12 cases are at least as fast here.
-- **`ragged_dot`** takes 3.2 to 4.0 times as long with 4 groups, 5.6 to 7.4 with 8. Four times its
-  155 to 191 TFLOP/s would be 620 to 764, where cuBLAS itself reaches 560 to 682.
+- **cuBLAS** takes .87 to 1.04 times as long with 4 groups, .77 to 1.03 with 8, where it reads an
+  eighth of the matrices: .9 in 10 and 5 of 12 cases. Of 64 groups the matrices alone take longer to
+  read than half of its time: .38 to .71.
+- **PyTorch** takes .99 to 1.29 times as long with 4 groups, .94 to 1.09 with 8 and 1.00 to 1.45
+  with 64: 31 of 36 cases are at least as fast here. The other five are .94 and .97 (2,048 x 4,096,
+  8 skewed groups), and three within 1.5 % of a tie.
+- **`ragged_dot`** takes 3.2 to 3.9 times as long with 4 groups, 5.4 to 7.2 with 8. Four times its
+  speed with 4 groups would be 730 to 820 TFLOP/s, where cuBLAS itself reaches 620 to 720.
 
 What .9 of cuBLAS is missed by, in arithmetic. Tiles have 128 rows, and groups of other sizes do not
 fill their last: in whole rounds of 132 multiprocessors, 8 skewed groups leave .91 and .86 (4,096 x
 8,192), .86 and .78 (2,048 x 4,096) of the tiles' work for `gmm` and `dx`, where one matrix leaves
 .97; 64 skewed ones leave .65. `dw` writes a matrix for each group: eight of 4,096 x 8,192 are .54
-GB, .11 ms of .95, where cuBLAS writes one."""
+GB, .11 ms of .89, where cuBLAS writes one.
+
+The thread blocks of a cluster share what both read: columns of a matrix where a group has two tiles
+of rows, else rows of x. In earlier runs they shared rows alone, which takes a quarter more reads
+from the L2 cache, and 20 of 36 cases were as fast as PyTorch, the others up to 10 % behind."""
+COUNTERS = """Launch by launch the products take .91 to .98 of the time of PyTorch's; of even rows
+the tensor cores are busier, of skewed ones PyTorch's are busy with rows of other groups, too. What
+a call takes beside its product decides the rest: PyTorch prepares pointers in one kernel of 2.9 us;
+here tables of rows, and rows in slabs that groups share, are three of 5 to 7 us together
+(`kernels_ms` of `grouped_gpu.json`), a part in forty of the shorter products. A layer that makes
+several products of one plan computes tables once. In a loop of calls clocks fall where the power
+limit is met, which single launches do not show."""
 FINDINGS = """### What these tables say
 
 With half of the blocks the layer was to be 1.7 times as fast as the dense one at D = 4,096, 1.4
 times at 2,048, and never slower from 1,024 on. With 2 of 4 blocks and no gate all of it is reached,
 the hidden units kept. 4 of 8 miss it with LoRA and both passes (1.66 and 1.31), and forward at
-4,096 by a hair (1.67 and 1.69); gated layers with both passes.
+4,096 by a hair (1.67 and 1.69); gated layers with both passes. Rows of 2,048, and of 4 of 8 blocks
+at 4,096, are of a run before clusters shared columns.
 
-- **4,096, 2 of 4 blocks:** 1.81 to 1.89 times forward; with both passes 1.76, with LoRA 1.72. Where
-  they are computed again 1.53 and 1.45. 4 of 8 blocks: 1.67 to 1.75, 1.70, 1.66.
+- **4,096, 2 of 4 blocks:** 1.80 to 1.91 times forward; with both passes 1.75, with LoRA 1.74. Where
+  they are computed again 1.54 and 1.47. 4 of 8 blocks: 1.67 to 1.75, 1.70, 1.66.
 - **2,048, 2 of 4 blocks:** 1.65 and 1.73 forward; with both passes 1.63, with LoRA 1.53; computed
   again 1.45 and 1.35. 4 of 8 blocks: 1.47 to 1.59, 1.50, 1.31.
-- **1,024, 2 of 4 blocks:** 1.34 to 1.46 forward; with both passes 1.33 and 1.24, with LoRA 1.18 and
-  1.10. 4 of 8 blocks were not measured.
-- **Gated, blocks of 2,752 units** (Llama-7B's size): 1.72 to 1.77 forward, 1.39 and 1.38 with both
+- **1,024, 2 of 4 blocks:** 1.33 to 1.44 forward; with both passes 1.31 and 1.21, with LoRA 1.14 and
+  1.09. 4 of 8 blocks: 1.05 to 1.17, 1.13 and 1.05, with LoRA 1.01 and .95: the one case that is
+  slower than the dense layer.
+- **Gated, blocks of 2,752 units** (Llama-7B's size): 1.71 to 1.81 forward, 1.37 and 1.47 with both
   passes. A block is 10.75 tiles of 256 units here, and 21.5 of 128.
 
 A repeated product puts the ceiling of both passes at 1.71 times, and at 1.6 with LoRA; kept, at 2.
 The rest is lost around the products: gathering rows, the activation and its gradient, summing each
 token's choices, and choosing. By the profiler products are 80 to 94 % of the time of the longest
-kernels at 4,096, 70 to 85 % at 2,048 and 69 to 75 % at 1,024. 4 of 8 blocks gather twice as many
+kernels at 4,096, 70 to 85 % at 2,048 and 63 to 76 % at 1,024. 4 of 8 blocks gather twice as many
 rows as 2 of 4. LoRA slows the dense layer, too, which the better ratios forward owe something to.
 
-PyTorch takes 1.16 to 1.63 times as long at 4,096, 1.5 to 4.7 times at 2,048 and 4.0 to 6.9 times
+PyTorch takes 1.05 to 1.63 times as long at 4,096, 1.5 to 4.7 times at 2,048 and 3.3 to 4.9 times
 at 1,024; no compiler joined its operations here. Memory is at most that of the dense layer, 64 to
-100 % of it where all is trained and 39 to 79 % with LoRA."""
+100 % of it where all is trained and 46 to 79 % with LoRA."""
 
 
 def times(row: dict, who: str, product: str) -> float | None:
@@ -101,6 +116,19 @@ def grouped(rows: list[dict]) -> str:
                 shape, str(row["groups"]), row["sizes"], product, number(mine),
                 number(flop / mine / 1e9), *(number(t and t / mine) for t in theirs),
             ])  # fmt: skip
+    return table(head, cells)
+
+
+def counted(rows: list[dict]) -> str:
+    """A line for each launch."""
+    head = ["D x F, groups", "rows", "product", "whose", "us", "tensor cores", "GB from L2",
+            "GB of memory"]  # fmt: skip
+    cells = [
+        [f"{r['features']:,} x {r['columns']:,}, {r['groups']}", r["sizes"], r["product"],
+         r["who"], number(r["microseconds"]), f"{r['tensor']:.0f} %",
+         number(r["l2_bytes"] / 1e9), number(r["dram_bytes"] / 1e9)]
+        for r in rows if "prepare" not in r["kernel"]
+    ]  # fmt: skip
     return table(head, cells)
 
 
@@ -203,6 +231,11 @@ def main() -> None:
             "![TFLOP/s](grouped_gpu.png)", grouped(found["rows"]), GROUPED,
         ]  # fmt: skip
         picture(found["rows"]).savefig(args.docs / "grouped_gpu.png", dpi=120)
+        if profile := read("profile_grouped"):
+            text += [
+                "### Launch by launch", origin("profile_grouped", profile),
+                counted(profile["rows"]), COUNTERS,
+            ]  # fmt: skip
     else:
         text.append(missing)
     text.append("## The routed layer beside the dense one")
