@@ -181,7 +181,7 @@ def main() -> None:
             text += [f"## {title}", "Not measured yet."]
             continue
         shown = "" if card else "![Losses, and loss against time](finetuning.png)"
-        models = [x for x in (model, f"{model}_2") if found(x)]
+        models = [x for x in (model, f"{model}_2", f"{model}_3") if found(x)]
         text += [f"## {title}", *(line for x in models for line in of_model(x, found(x))),
                  *of_study(name, record, (scores, found(scores)), shown)]  # fmt: skip
         if shown:

@@ -174,9 +174,9 @@ def test_tables_list_every_row_of_every_group_once(rows, sizes):
 
     count, *fields = np.split(
         np.asarray(tables.row_tiles(starts, ends, rows)),
-        1 + tables.most_tiles(rows, len(sizes)) * np.arange(4),
+        1 + tables.most_tiles(rows, len(sizes)) * np.arange(5),
     )
-    group, slab, start, end = (f[: count[0]] for f in fields)
+    group, slab, start, end, place = (f[: count[0]] for f in fields)
     assert count[0] <= len(fields[0])
     own = [  # by each tile
         np.arange(max(8 * s, a), min(8 * s + tables.ROWS, e))
@@ -185,6 +185,11 @@ def test_tables_list_every_row_of_every_group_once(rows, sizes):
     assert all(len(r) for r in own)
     np.testing.assert_array_equal(np.concatenate([*own, []]), np.arange(len(group_of)))
     np.testing.assert_array_equal(np.repeat(group, [len(r) for r in own]), group_of)
+    for g in set(group):  # pairs of neighbours, and what is left of an odd number
+        tiles = sum(group == g)
+        np.testing.assert_array_equal(
+            place[group == g], ([1, 2] * tiles)[: tiles - tiles % 2] + [0] * (tiles % 2)
+        )
 
     first, whole, steps = np.split(np.asarray(tables.steps(starts, ends)), 3)
     at_ends = np.asarray(tables.rows_at_ends(starts, ends))
