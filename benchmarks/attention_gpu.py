@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from flash4 import flash4_attention
 from flex import flex_attention
-from gpu import BLOCK, PATTERNS, UNROLLED, Programs
+from gpu import BLOCK, PATTERNS, Programs
 from harness import save
+from timing import UNROLLED
 
 import sparsax
 

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flex import flex_compound
-from gpu import Programs, milliseconds, repeated
+from gpu import Programs
 from huggingface import longformer_attention
 from resumed import Results, need
+from timing import milliseconds, repeated
 
 import sparsax
 from sparsax.patterns import compound

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from gpu import replayed_milliseconds
+from timing import replayed_milliseconds
 
 
 def flash4_attention(heads: int, length: int, features: int, block: int) -> Callable:

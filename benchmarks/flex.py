@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gpu import replayed_milliseconds
+from timing import replayed_milliseconds
 
 
 def flex_attention(heads: int, length: int, features: int, block: int) -> Callable:

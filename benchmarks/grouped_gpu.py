@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu import Queue, kernels, milliseconds_in_turns, repeated
 from harness import save
+from timing import Queue, kernels, milliseconds_in_turns, repeated
 
 import sparsax
 

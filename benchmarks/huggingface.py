@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from gpu import queued_milliseconds
+from timing import queued_milliseconds
 
 
 def longformer_attention(

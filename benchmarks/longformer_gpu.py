@@ -35,8 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 from compound_gpu import rounded
 from flax import nnx
-from gpu import milliseconds, repeated
 from resumed import Results, need
+from timing import milliseconds, repeated
 
 import sparsax
 from sparsax.nn import Longformer, LongformerConfig, Pattern

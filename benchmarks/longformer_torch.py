@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 
 import torch
-from gpu import queued_milliseconds
+from timing import queued_milliseconds
 from torch import nn
 from torch.nn import functional
 

@@ -21,8 +21,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from gpu import kernels, milliseconds, queued_milliseconds, repeated
 from harness import save
+from timing import kernels, milliseconds, queued_milliseconds, repeated
 
 import sparsax
 from sparsax.linear import ACTIVATIONS

@@ -14,8 +14,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from gpu import both, kernels, milliseconds, repeated
+from gpu import both
 from harness import save
+from timing import kernels, milliseconds, repeated
 
 import sparsax
 

@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from gpu import kernels, queued_milliseconds
 from language import halve, use_flash
 from resumed import Rows
+from timing import kernels, queued_milliseconds
 
 import sparsax
 from sparsax.nn import DecoderBlock, DecoderConfig, RoutedFFN, RouterParam

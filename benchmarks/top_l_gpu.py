@@ -22,8 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
-from gpu import Programs, milliseconds, repeated
+from gpu import Programs
 from resumed import Results
+from timing import milliseconds, repeated
 
 import sparsax
 from sparsax import pallas

@@ -16,9 +16,9 @@ import time
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from gpu import milliseconds
 from language import halve, use_flash
 from resumed import Rows
+from timing import milliseconds
 from tsvd_gpu import common, tiled
 
 from sparsax import CommonFactors, TiledFactors, pallas

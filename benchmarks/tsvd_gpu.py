@@ -23,8 +23,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from gpu import milliseconds, repeated
 from resumed import Rows, gpu
+from timing import milliseconds, repeated
 
 import sparsax
 from sparsax import CommonFactors, TiledFactors, pallas

@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from compound_gpu import longformer, qds
-from gpu import BLOCK, kernels, spion_like
+from gpu import BLOCK, spion_like
 from resumed import Rows, turns_on_gpu
+from timing import kernels
 
 import sparsax
 from sparsax.pallas import compound

@@ -10,9 +10,9 @@ import argparse
 import itertools
 
 import jax
-from gpu import kernels
 from grouped_gpu import PRODUCTS, SIZES, check, operands, ours
 from harness import save
+from timing import kernels
 
 from sparsax.pallas.grouped_matmul import product
 

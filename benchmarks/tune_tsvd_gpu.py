@@ -17,8 +17,8 @@ import time
 from functools import partial
 
 import jax
-from gpu import kernels
 from resumed import Rows
+from timing import kernels
 from tsvd_gpu import draw, relative_error, tiled, times_tiled
 
 from sparsax import pallas
