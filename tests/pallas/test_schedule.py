@@ -13,7 +13,7 @@ from sparsax import pallas
 from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse import deal as dealing
 from sparsax.pallas.block_sparse.deal import LEAST, deal
-from sparsax.pallas.block_sparse.schedule import OF_ROW, PIECES, Expected, Schedule
+from sparsax.pallas.block_sparse.schedule import OF_ROW, PIECES, Expected, Schedule, units
 from sparsax.pallas.block_sparse.tiles import ROWS, Bounds, tile_lists
 from sparsax.pallas.hopper import multiprocessors
 
@@ -85,6 +85,23 @@ def test_how_many_rows_a_thread_block_ranks_changes_nothing(monkeypatch):
     places = np.r_[0, 1 + np.add.outer(np.arange(5) * items, used).ravel()]
     np.testing.assert_array_equal(many[places], table[places])
     np.testing.assert_array_equal(of_many, splits)
+
+
+@pytest.mark.parametrize(("block", "times", "longest"), [(32, 1, 20), (64, 3, 400), (128, 2, 9)])
+def test_work_is_counted_in_units_of_row_tiles(block, times, longest):
+    entries = np.random.default_rng(1).integers(-1, 40, (2, 13)).astype(np.int32)
+    entries[1, 4] = longest
+    plan = Schedule(2, 13, copies=1, longest=longest)
+    with pallas.interpreted():
+        options = {"interpret": pallas.interpret(), "block": block, "times": times}
+        got = deal(plan, jnp.asarray(entries), **options)
+    want = table_of(plan, times * units(np.maximum(entries, 0), block))
+    used = got[0][0] if want[1] is not None else 0
+    items = plan.extra + plan.rows
+    places = np.r_[
+        0, 1 + np.add.outer(np.arange(4) * items, np.r_[: int(used), plan.extra : items]).ravel()
+    ]
+    np.testing.assert_array_equal(np.asarray(got[0])[places], want[0][places])
 
 
 works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=20)

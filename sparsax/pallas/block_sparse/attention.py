@@ -147,17 +147,20 @@ def _of_keys(
     """`dk, dv`, a list of arrays each, split rows and all."""
     rows, samples, starts = lists.count.shape[1], problem.samples, problem.kv_starts
     owners = min(problem.P, problem.K)  # of one sample
-    work = units(jnp.maximum(lists.count, 0), problem.block_q).reshape(samples * owners, -1, rows)
+    count, block = lists.count.reshape(samples * owners, -1, rows), problem.block_q
     queries = problem.N // max(problem.P, problem.K)  # heads of a kv head that walk one list
-    longest = queries * work.shape[1] * units(lists.cols.shape[-1], problem.block_q)
+    lists_of_row = queries * count.shape[1]
+    longest = lists_of_row * units(lists.cols.shape[-1], block)
     copies = problem.B // samples * (problem.K // owners)
-    lists_of_row = queries * work.shape[1]
     of_rows = tuple(each * lists_of_row for each in expected.of_rows)
     expected = Expected(expected.units * lists_of_row, of_rows)
     # Columns of a pattern differ more in length than its rows: more is left to even them out.
     schedule = Schedule(samples * owners, rows, copies, longest, expected, twentieths=18)
     schedule = schedule.in_any_order()
-    table, splits = deal(schedule, queries * work.sum(1), interpret=interpret)
+    if count.shape[1] > 1:  # several lists a row: their work is added up
+        count, block = units(jnp.maximum(count, 0), block).sum(1), ROWS
+    count = count.reshape(samples * owners, rows)
+    table, splits = deal(schedule, count, block=block, times=queries, interpret=interpret)
     operands = *_operands(lists, table, ids), *arrays
     found = []
     for features in [(0, 128), (128, 256)] if problem.H == 256 else [None]:
@@ -180,12 +183,12 @@ def _of_queries(
     problem: Problem, lists: TileLists, expected: Expected, interpret, teams: int = 1
 ):  # fmt: skip
     """The schedule of the forward pass and of dQ, its table and that of split rows."""
-    work = units(jnp.maximum(lists.count, 0), problem.block_kv)
-    longest = units(lists.cols.shape[-1], problem.block_kv)
+    rows, longest = lists.count.shape[1], units(lists.cols.shape[-1], problem.block_kv)
     copies = problem.B // problem.samples * (problem.N // problem.P)
-    schedule = Schedule(problem.owners, work.shape[1], copies, longest, expected, teams)
-    schedule = schedule.in_any_order()
-    return schedule, *deal(schedule, work, lists.full, lists.count, interpret=interpret)
+    schedule = Schedule(problem.owners, rows, copies, longest, expected, teams).in_any_order()
+    extra = lists.full, lists.count
+    table, splits = deal(schedule, lists.count, *extra, block=problem.block_kv, interpret=interpret)
+    return schedule, table, splits
 
 
 def _masked(problem: Problem, by_query: TileLists) -> bool:

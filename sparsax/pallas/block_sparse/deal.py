@@ -8,6 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from sparsax.pallas.block_sparse.schedule import Schedule
+from sparsax.pallas.block_sparse.tiles import ROWS
 from sparsax.pallas.hopper import multiprocessors
 
 LEAST = 8  # units of a piece of a row at least: each costs about as much as two units more
@@ -18,13 +19,15 @@ THREADS = 128
 
 
 def deal(
-    schedule: Schedule, work: Int[Array, "A R"], *extra: Int[Array, "A R"], interpret
-) -> tuple[Int[Array, " F"], Int[Array, "2 E"] | None]:
+    schedule: Schedule, entries: Int[Array, "A R"], *extra: Int[Array, "A R"],
+    block: int = ROWS, times: int = 1, interpret,
+) -> tuple[Int[Array, " F"], Int[Array, "2 E"] | None]:  # fmt: skip
     """What `Schedule.read` reads; and for each added piece, if it is a row's second, row and more.
 
-    `work` is the units of each row's list, `extra` what else its kernel wants to know of it. The
-    table is the number of added pieces, and then fields: of these pieces, and of each head's rows
-    from the longest to the shortest. Of rows that are dealt beforehand it is `Schedule.hands`.
+    `entries` are those of each row's list of blocks of so many columns, which is walked so many
+    times, none where below 0; `extra` is what else its kernel wants to know of it. The table is the
+    number of added pieces, and then fields: of these pieces, and of each head's rows from the
+    longest to the shortest. Of rows that are dealt beforehand it is `Schedule.hands`.
 
     Every thread block adds up all work for itself, so that none waits for another.
     """
@@ -33,19 +36,33 @@ def deal(
         return jnp.zeros(1, jnp.int32), None  # nobody reads it
     if s.beforehand:
         return jnp.asarray(s.hands().ravel()), None
+    per_unit = ROWS // block
     strip_rows = min(STRIP, -(-s.rows // (AT_ONCE * multiprocessors())))
     items, strips = s.extra + s.rows, -(-s.tiles // strip_rows)
     width = -(-s.tiles // THREADS) * THREADS
-    flat = work.reshape(-1)
+    flat = entries.reshape(-1)
     flat = jnp.pad(flat, (0, max(0, width - s.rows)))
     chunk = min(CHUNK, flat.size // THREADS * THREADS)
     chunks = -(-flat.size // chunk)
 
-    def kernel(work, *refs):
+    def kernel(entries, *refs):
         others, (table, *splits) = refs[: len(extra)], refs[len(extra) :]
         owner, strip = lax.axis_index("owner"), lax.axis_index("strip")
+
+        def work_of(found):
+            """In units; here, since what XLA makes of a few numbers is a launch as well."""
+            found = jnp.maximum(found, 0)
+            if per_unit > 1:
+                whole = jnp.broadcast_to(jnp.int32(per_unit), found.shape)
+                found = lax.div(found + (per_unit - 1), whole)
+            return times * found if times > 1 else found
+
+        def load(ref, begin, size):
+            found, places = _load(ref, begin, size)
+            return work_of(found), places
+
         begin = owner * s.tiles
-        own, here = _load(work, begin, width)
+        own, here = load(entries, begin, width)
         of_head = (here >= begin) & (here < begin + s.tiles)
 
         def put(index, *fields):
@@ -60,7 +77,7 @@ def deal(
 
                 @pl.when(row < begin + s.tiles)
                 def _():
-                    mine, fields = work[row], [x[row] for x in others]
+                    mine, fields = work_of(entries[row]), [x[row] for x in others]
                     longer = (own > mine) | ((own == mine) & (here < row))
                     place = s.extra + begin + jnp.where(longer & of_head, 1, 0).sum()
                     if share is None:
@@ -96,7 +113,7 @@ def deal(
         every = lambda add, start: lax.fori_loop(0, chunks, add, start)
 
         def of_chunk(i):
-            x, place = _load(work, i * chunk, chunk)
+            x, place = load(entries, i * chunk, chunk)
             return jnp.where(place >= i * chunk, x, 0), place
 
         total = every(lambda i, total: total + of_chunk(i)[0].sum(), jnp.int32(0))
@@ -105,8 +122,8 @@ def deal(
 
         def count(i, carry):
             before, many = carry
-            work_of, place = of_chunk(i)
-            pieces = _pieces(work_of, share)
+            work, place = of_chunk(i)
+            pieces = _pieces(work, share)
             return before + jnp.where(place < begin, pieces, 0).sum(), many + pieces.sum()
 
         before, many = every(count, (jnp.int32(0), jnp.int32(0)))

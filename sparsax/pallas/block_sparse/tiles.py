@@ -24,7 +24,8 @@ class TileLists:
     """Column blocks of every row tile of every pattern head, those that need no mask first.
 
     Attributes:
-        full: leading entries in which every pair attends, `[A, R]`: A is P, or P of every sample.
+        full: leading entries in which every pair attends, `[A, R]`: A is P, or P of every sample;
+            none where below 0.
         count: entries of the list; `INVALID` where the pattern is not to be used, `[A, R]`.
         cols: column blocks `[P, R, C]`.
         bits: which row blocks of the tile list the column, `[P, R, C]`; None if it is always all.
@@ -78,7 +79,7 @@ def tile_lists(
     """
     per_tile = ROWS // block_row
     if per_tile == 1 and not bounds.partial(block_col):
-        return TileLists(jnp.maximum(counts, 0), counts, lists, None)
+        return TileLists(counts, counts, lists, None)
 
     (heads, num_rows), num_cols = counts.shape, -(-bounds.cols // block_col)
     tiles = -(-num_rows // per_tile)
