@@ -124,7 +124,7 @@ def test_in_bfloat16_the_layers_compute_in_it_and_the_logits_do_not():
     assert decoder(dtype=jnp.bfloat16)(tokens()).dtype == jnp.float32
 
 
-@pytest.mark.parametrize(("dtype", "kernels"), [(jnp.bfloat16, 6), (None, 0)])
+@pytest.mark.parametrize(("dtype", "kernels"), [(jnp.bfloat16, 3), (None, 0)])
 def test_on_a_hopper_gpu_a_bfloat16_model_runs_the_kernels(dtype, kernels):
     options = {"features": 64, "hidden": 64, "num_heads": 2, "layers": 1, "dtype": dtype}
     model = Classifier(VOCAB, 256, CLASSES, rngs=nnx.Rngs(0), **options)
@@ -139,5 +139,5 @@ def test_on_a_hopper_gpu_a_bfloat16_model_runs_the_kernels(dtype, kernels):
     with sparsax.pallas.lowering():
         step = jax.jit(gradients).trace(params, pattern, jnp.ones((2, 256), int))
         text = step.lower(lowering_platforms=("cuda",)).as_text()
-    # Rows are dealt out for each of forward, dq and dkv.
+    # Forward, dq and dkv: so few rows need not be dealt out.
     assert launched(text) == kernels

@@ -111,7 +111,7 @@ def test_a_layer_and_its_gradient_lower_to_kernels():
 
     with pallas.lowering():
         text = jax.jit(loss).trace(state, x).lower(lowering_platforms=("cuda",)).as_text()
-    assert launched(text) == 1 + 6  # rows are dealt out for each of forward, dq and dkv
+    assert launched(text) == 1 + 3  # so few rows need not be dealt out for forward, dq and dkv
     for kernel in ("top_l_vote", "block_sparse_forward", "block_sparse_dkv"):
         assert kernel in text
 
