@@ -5,10 +5,9 @@
 bfloat16; rows are dealt to the groups evenly or by a random share ("skewed", with an empty group).
 Milliseconds are the medians of runs of calls inside one program (of PyTorch: of queued calls), for
 the product and for both of its gradients, where who is compared takes turns; TFLOP/s count every
-row once. In the same run: one dense
-matmul of as many FLOPs (cuBLAS), the portable implementation, `jax.lax.ragged_dot` and, where
-PyTorch imports, `torch._grouped_mm`. Results are compared with those of the portable
-implementation first.
+row once. In the same run: one dense matmul of as many FLOPs (cuBLAS), the portable implementation,
+`jax.lax.ragged_dot` and, where PyTorch imports, `torch._grouped_mm`. Results are compared with
+those of the portable implementation first.
 """
 
 import argparse

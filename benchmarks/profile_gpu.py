@@ -5,8 +5,8 @@
 Starts itself under `ncu`, which has to be on the PATH, once for each case, and leaves the clocks
 alone. bfloat16. `spion`: 16 heads of 64 and of 128 features, 16,384 tokens, a band and full columns
 of blocks of 128, density .1, as in attention_gpu.py; `few`: its band.
-`short`, `middle`: the same of 1,024 and 4,096 tokens, `--only 'flex short 64'` FlexAttention of
-them. `--grouped`: grouped products and PyTorch's. `qds`, `longformer`:
+`short`: such a band of 1,024 tokens; `middle`: `spion` of 4,096; `--only 'flex short 64'`
+FlexAttention of them. `--grouped`: grouped products and PyTorch's. `qds`, `longformer`:
 compound attention as in compound_gpu.py. Dense cuDNN stands beside each; `--only 'flash4 64'
 'flash4 128'`: FlashAttention-4's kernels on `spion`'s lists. A row holds, for one launch,
 microseconds, what share of its peak each pipe and memory reached while the kernel ran, and how many
@@ -31,7 +31,7 @@ from harness import save
 import sparsax
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes share the GPU
-KERNELS = "block_sparse_(forward|dq|dkv)|sdpa|flash|triton|gmm|cutlass"
+KERNELS = "block_sparse_(forward|dq|dkv)|sdpa|flash|triton|gmm|device_kernel"
 FLASH4 = {"flash4 64": 64, "flash4 128": 128}  # cases that need its package: features
 # Shorter sequences, of FlexAttention also: tokens, features, density.
 SHORT = {

@@ -1,7 +1,7 @@
 """Writes docs/routed.md and docs/grouped_gpu.png from what was measured on a GPU.
 
     python benchmarks/grouped_gpu.py                               # results/grouped_gpu.json
-    python benchmarks/profile_gpu.py --grouped                     # results/profile_grouped.json
+    ncu ... , of what `profile_gpu.py --grouped` runs               # results/profile_grouped.json
     python benchmarks/routed_ffn_gpu.py --torch --keep-hidden      # results/routed_ffn_gpu.json
     uv run python benchmarks/report_routed.py                      # anywhere (the `plots` extra)
 
@@ -42,7 +42,7 @@ GROUPED = """.9 of cuBLAS's speed, that of PyTorch and four times `ragged_dot`'s
   with 64: 31 of 36 cases are at least as fast here. The other five are .94 and .97 (2,048 x 4,096,
   8 skewed groups), and three within 1.5 % of a tie.
 - **`ragged_dot`** takes 3.2 to 3.9 times as long with 4 groups, 5.4 to 7.2 with 8. Four times its
-  speed with 4 groups would be 730 to 820 TFLOP/s, where cuBLAS itself reaches 620 to 720.
+  speed with 4 groups would be 630 to 820 TFLOP/s, where cuBLAS itself reaches 620 to 720.
 
 What .9 of cuBLAS is missed by, in arithmetic. Tiles have 128 rows, and groups of other sizes do not
 fill their last: in whole rounds of 132 multiprocessors, 8 skewed groups leave .91 and .86 (4,096 x
@@ -53,13 +53,12 @@ GB, .11 ms of .89, where cuBLAS writes one.
 The thread blocks of a cluster share what both read: columns of a matrix where a group has two tiles
 of rows, else rows of x. In earlier runs they shared rows alone, which takes a quarter more reads
 from the L2 cache, and 20 of 36 cases were as fast as PyTorch, the others up to 10 % behind."""
-COUNTERS = """Launch by launch the products take .91 to .98 of the time of PyTorch's; of even rows
-the tensor cores are busier, of skewed ones PyTorch's are busy with rows of other groups, too. What
-a call takes beside its product decides the rest: PyTorch prepares pointers in one kernel of 2.9 us;
-here tables of rows, and rows in slabs that groups share, are three of 5 to 7 us together
-(`kernels_ms` of `grouped_gpu.json`), a part in forty of the shorter products. A layer that makes
-several products of one plan computes tables once. In a loop of calls clocks fall where the power
-limit is met, which single launches do not show."""
+COUNTERS = """Launch by launch the products take .91 to .98 of the time of PyTorch's. What a call
+takes beside its product decides the rest: PyTorch prepares pointers in one kernel of 2.9 us; here
+tables of rows, and rows in slabs that groups share, are three of 5 to 8 us together (`kernels_ms`
+of `grouped_gpu.json`; up to 8 groups, `dw` four or five of 7 to 15), a part in forty of the shorter
+products. A layer that makes several products of one plan computes tables once. In a loop of calls
+clocks fall where the power limit is met, which single launches do not show."""
 FINDINGS = """### What these tables say
 
 With half of the blocks the layer was to be 1.7 times as fast as the dense one at D = 4,096, 1.4

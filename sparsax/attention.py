@@ -331,8 +331,6 @@ def _segments(q, k, segment_ids, key_mask):
 def _mark_overflow(pattern: BlockPattern) -> BlockPattern:
     if is_concrete(pattern.kv_num_blocks):
         return pattern  # `checks.pattern_fits` has seen its values
-    if pattern.holds_everything:
-        return pattern  # nothing overflows, and what is invalid is marked: two launches less
     return pattern.invalidate(~pattern.valid())
 
 

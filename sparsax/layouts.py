@@ -206,12 +206,6 @@ class BlockPattern:
         """J, the number of key blocks."""
         return self.q_num_blocks.shape[-1]
 
-    @property
-    def holds_everything(self) -> bool:
-        """Whether the lists have room for every block, so that none can overflow."""
-        widths = self.kv_indices.shape[-1], self.q_indices.shape[-1]
-        return widths[0] >= self.num_kv_blocks and widths[1] >= self.num_q_blocks
-
     def valid(self) -> Bool[Array, "*L P"]:
         """False for heads whose lists overflowed their capacity or were marked invalid."""
         kv = (self.kv_num_blocks >= 0) & (self.kv_num_blocks <= self.kv_indices.shape[-1])

@@ -365,8 +365,8 @@ def launch(
             # what it alone multiplies, and `wait_smem_to_gmem` before and `commit_smem` after
             # gather the warps; and what copies bring is read between two barriers, at the second of
             # which all threads arrive (in a cluster one warp does, for matrix products, which are
-            # the whole warpgroup's). Four warps that copy would drift apart, until one missed a
-            # barrier's phase.
+            # the whole warpgroup's, or after `commit_smem`). Four warps that copy would drift
+            # apart, until one missed a barrier's phase.
             unsafe_no_auto_barriers=teams is not None,
         ),
         **clusters,

@@ -45,4 +45,11 @@ KERNEL_CASES = (
 )  # fmt: skip
 
 SMALL = tuple(for_kernels(c, grow=2) for c in CASES)
-LARGE = tuple(for_kernels(c, grow=8) for c in CASES)
+# On a GPU; it has fewer multiprocessors than the last two have row tiles, which are dealt out.
+LARGE = (
+    *(for_kernels(c, grow=8) for c in CASES),
+    Case(name="many_rows", B=8, T=1000, S=1000, N=8, K=4, P=1, block_q=128, block_kv=64, H=64,
+         dtype="bfloat16", causal=True),
+    Case(name="many_rows_per_head", B=4, T=1024, S=768, N=16, K=16, P=16, block_q=64, block_kv=64,
+         H=128, dtype="bfloat16"),
+)  # fmt: skip

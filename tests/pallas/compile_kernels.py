@@ -1,8 +1,9 @@
 """Compiles the attention kernels to H200 machine code without a GPU, and prints what ptxas says.
 
-    python -m tests.pallas.compile_kernels H BLOCK MASKED
+    python -m tests.pallas.compile_kernels H BLOCK MASKED HEADS
 
-Needs jax's CUDA plugin. MASKED is 1 for causal attention with segments, else 0.
+Needs jax's CUDA plugin. MASKED is 1 for causal attention with segments, else 0. Of few
+HEADS rows are not dealt out.
 """
 
 import os

@@ -59,7 +59,7 @@ def few_multiprocessors():
         return
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(schedule, "multiprocessors", lambda: 2)
+        monkeypatch.setattr(schedule, "multiprocessors", lambda: 1)
         yield
     jax.clear_caches()
 

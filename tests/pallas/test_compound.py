@@ -29,6 +29,9 @@ BY_NAME = pytest.mark.parametrize(
 )
 
 
+pytestmark = pytest.mark.usefixtures("few_multiprocessors")
+
+
 def value_and_gradients(c, implementation, dtype):
     """`o` and the gradients of q, k, v and of the projections of global rows, under jit."""
     *qkv, projected, do = c.inputs()

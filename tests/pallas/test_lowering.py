@@ -65,25 +65,6 @@ def test_rows_are_not_dealt_out_where_each_has_a_multiprocessor():
     assert launched(text) == 3
 
 
-@pytest.mark.parametrize(("width", "computed"), [(None, False), (4, True)])
-def test_lists_with_room_for_everything_are_walked_as_they_are(width, computed):
-    """What may have overflowed is looked at first, which takes launches."""
-    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    mask = jax.ShapeDtypeStruct((1, 8, 8), bool)
-    options = {"q_len": 1024, "block_q": 128, "kv_width": width}
-    pattern = jax.eval_shape(
-        lambda mask: sparsax.BlockPattern.from_block_mask(mask, **options), mask
-    )
-    attend = lambda q, pattern: sparsax.block_sparse_attention(
-        q, q, q, pattern, implementation="pallas"
-    )
-    with pallas.lowering():
-        traced = jax.jit(attend).trace(of(1, 1024, 4, 128), pattern)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert launched(text) == 1
-    assert ("stablehlo.reduce" in text) == computed
-
-
 def in_a_scan_with_remat(q, k, v, patterns):
     def layer(x, pattern):
         o = sparsax.block_sparse_attention(x, k, v, pattern, implementation="pallas")

@@ -35,6 +35,7 @@ SPILLS = {
 }
 SERIALISED = re.compile(r"C75(10|11|12|13|14)\b.*")
 SPILL = re.compile(r"in function 'block_sparse_(\w+?)_mosaic\w*', (\d+) bytes spill stores")
+# Of so few rows that none are dealt out.
 OF_FEW_ROWS = {(64, False): {"dkv": 52}, (128, True): {"dkv": 68}}
 # The same of (head dim, block) where blocks are smaller than a row tile, masked by bits.
 OF_SMALL_BLOCKS = {

@@ -13,7 +13,14 @@ from sparsax import pallas
 from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse import deal as dealing
 from sparsax.pallas.block_sparse.deal import LEAST, deal
-from sparsax.pallas.block_sparse.schedule import OF_ROW, PIECES, Expected, Schedule, units
+from sparsax.pallas.block_sparse.schedule import (
+    LONG,
+    OF_ROW,
+    PIECES,
+    Expected,
+    Schedule,
+    units,
+)
 from sparsax.pallas.block_sparse.tiles import ROWS, Bounds, tile_lists
 from sparsax.pallas.hopper import multiprocessors
 
@@ -102,6 +109,25 @@ def test_work_is_counted_in_units_of_row_tiles(block, times, longest):
         0, 1 + np.add.outer(np.arange(4) * items, np.r_[: int(used), plan.extra : items]).ravel()
     ]
     np.testing.assert_array_equal(np.asarray(got[0])[places], want[0][places])
+
+
+@pytest.mark.parametrize("teams", [1, 2])
+@pytest.mark.parametrize(
+    ("tiles", "copies"), [(1, 1), (11, 12), (12, 11), (66, 2), (11, 24), (8, 17)]
+)
+def test_few_rows_have_a_team_each_in_any_order(tiles, copies, teams):
+    plan = Schedule(1, tiles, copies, longest=9, teams=teams).in_any_order()
+    assert plan.single == (tiles * copies <= teams * multiprocessors())
+    assert not Schedule(1, tiles, 1, longest=4 * LONG, teams=teams).in_any_order().single
+    if not plan.single:
+        return
+    assert plan.thread_blocks == min(multiprocessors(), tiles * copies)
+    found = [
+        plan.item(*plan.read(plan.number(block, team), 0, None, None, None, ()))
+        for block in range(plan.thread_blocks) for team in range(teams)
+    ]  # fmt: skip
+    done = [(int(item.row), int(item.copy)) for item in found if item.row >= 0]
+    assert sorted(done) == list(itertools.product(range(tiles), range(copies)))
 
 
 works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=20)

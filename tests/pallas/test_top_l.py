@@ -44,6 +44,8 @@ SHARED = tuple(
     if c.score == "match" and c.H != 40
 )
 
+pytestmark = pytest.mark.usefixtures("few_multiprocessors")
+
 
 def value_and_gradients(c, implementation, dtype):
     """`o, (dq, dk, dv)` under jit."""

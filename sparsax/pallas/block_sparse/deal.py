@@ -25,9 +25,10 @@ def deal(
     """What `Schedule.read` reads; and for each added piece, if it is a row's second, row and more.
 
     `entries` are those of each row's list of blocks of so many columns, which is walked so many
-    times, none where below 0; `extra` is what else its kernel wants to know of it. The table is the
-    number of added pieces, and then fields: of these pieces, and of each head's rows from the
-    longest to the shortest. Of rows that are dealt beforehand it is `Schedule.hands`.
+    times; below 0 they are no work. `extra` is what else its kernel wants to know of a row. The
+    table is the number of added pieces, and then fields: of these pieces, and of each head's rows
+    from the longest to the shortest. Of rows that are dealt beforehand it is `Schedule.hands`, of
+    single ones a number that nobody reads.
 
     Every thread block adds up all work for itself, so that none waits for another.
     """

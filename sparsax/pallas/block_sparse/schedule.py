@@ -53,7 +53,7 @@ NOTHING = Expected()
 def units(entries, block: int):
     """Work of a list of so many blocks: its columns in units of `ROWS`, whatever the tiles are.
 
-    The tables of kernels with different tiles are then the same arrays, computed once.
+    The tables of kernels with different tiles then say the same.
     """
     per_unit = ROWS // block
     return (entries + per_unit - 1) // per_unit
@@ -76,7 +76,7 @@ class Schedule:
     expected: Expected = NOTHING
     teams: int = 1  # of a thread block, which do their row tiles on their own
     twentieths: int = 19  # of all row tiles, which teams that stay do
-    single: bool = False  # whether no team has more than one row, so that any order will do
+    single: bool = False  # whether no team has more than one row: nothing is dealt
 
     @property
     def rows(self) -> int:
@@ -98,7 +98,7 @@ class Schedule:
 
     @property
     def beforehand(self) -> bool:
-        """Whether all rows are dealt by what is expected, without the data."""
+        """Whether who does which rows is known without the data."""
         return self.single or (bool(self.expected.of_rows) and not self.extra)
 
     def in_any_order(self) -> "Schedule":
@@ -238,7 +238,7 @@ class Schedule:
         return jnp.where(stays, jnp.int32(self.dealt), jnp.int32(self.left))
 
     def each(self, team, table, visit, carry, extra=()):
-        """`visit(item, carry)` for the items of a team, each read one ahead.
+        """`visit(item, carry)` for the items of a team, each read one ahead if there are several.
 
         `extra` are references to what `deal` was given besides work.
         """

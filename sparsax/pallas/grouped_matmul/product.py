@@ -151,6 +151,7 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
             def skip():  # the products of the other one have the tensor cores
                 def one(i, _):
                     ring.wait(begin + i)
+                    plgpu.commit_smem()  # gathers the warps, which no product does here
                     ring.release(begin + i)
 
                 lax.fori_loop(0, here.steps, one, None)
