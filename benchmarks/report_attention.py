@@ -1,6 +1,6 @@
 """Writes docs/attention.md and docs/attention_gpu.png from what `attention_gpu.py` measured.
 
-    python benchmarks/attention_gpu.py --flex 16384 --flash4 16384         # on the GPU
+    python benchmarks/attention_gpu.py --flex 1024 2048 4096 8192 16384 32768 --flash4 16384   # GPU
     python benchmarks/attention_balance.py                 # anywhere: attention_balance.json
     python benchmarks/score_map_gpu.py                     # on the GPU: results/score_map_gpu.json
     python benchmarks/profile_gpu.py                       # on the GPU: results/profile_gpu.json

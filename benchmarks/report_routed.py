@@ -52,7 +52,8 @@ GB, .11 ms of .89, where cuBLAS writes one.
 
 The thread blocks of a cluster share what both read: columns of a matrix where a group has two tiles
 of rows, else rows of x. In earlier runs they shared rows alone, which takes a quarter more reads
-from the L2 cache, and 20 of 36 cases were as fast as PyTorch, the others up to 10 % behind."""
+from the L2 cache, and 20 of 36 cases were as fast as PyTorch, the others up to 10 % behind. Since
+this run the warps of a warpgroup that skips a tile without rows meet at every step: not timed."""
 COUNTERS = """Launch by launch the products take .91 to .98 of the time of PyTorch's. What a call
 takes beside its product decides the rest: PyTorch prepares pointers in one kernel of 2.9 us; here
 tables of rows, and rows in slabs that groups share, are three of 5 to 8 us together (`kernels_ms`

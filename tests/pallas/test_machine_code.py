@@ -36,7 +36,12 @@ SPILLS = {
 SERIALISED = re.compile(r"C75(10|11|12|13|14)\b.*")
 SPILL = re.compile(r"in function 'block_sparse_(\w+?)_mosaic\w*', (\d+) bytes spill stores")
 # Of so few rows that none are dealt out.
-OF_FEW_ROWS = {(64, False): {"dkv": 52}, (128, True): {"dkv": 68}}
+OF_FEW_ROWS = {
+    (64, False): {"dkv": 52},
+    (128, True): {"dkv": 68},
+    (256, False): {"dq": 112},
+    (256, True): {"forward": 24, "dq": 276, "dkv": 60},
+}
 # The same of (head dim, block) where blocks are smaller than a row tile, masked by bits.
 OF_SMALL_BLOCKS = {
     (64, 32): {"dq": 48},
@@ -59,7 +64,7 @@ def test_small_blocks_spill_no_more(features, block):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("features", [64, 128])
+@pytest.mark.parametrize("features", [32, 64, 96, 128, 256])
 def test_rows_that_are_not_dealt_out_spill_no_more(features, masked):
     check(features, 128, masked, OF_FEW_ROWS.get((features, masked), {}), heads=4)
 

@@ -51,7 +51,7 @@ def deal(
         owner, strip = lax.axis_index("owner"), lax.axis_index("strip")
 
         def work_of(found):
-            """In units; here, since what XLA makes of a few numbers is a launch as well."""
+            """As `units` has it, in registers: before the kernel it would be a launch."""
             found = jnp.maximum(found, 0)
             if per_unit > 1:
                 whole = jnp.broadcast_to(jnp.int32(per_unit), found.shape)
