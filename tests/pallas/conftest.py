@@ -65,6 +65,12 @@ def few_multiprocessors():
 
 
 @pytest.fixture
+def one_multiprocessor(fresh, monkeypatch):
+    """So that rows of small cases are dealt out as those of large ones are, where they lower."""
+    monkeypatch.setattr(schedule, "multiprocessors", lambda: 1)
+
+
+@pytest.fixture
 def joined(fresh, monkeypatch):
     """On a GPU so small that long rows are cut: a list of the calls that joined their pieces."""
     monkeypatch.setattr(schedule, "multiprocessors", lambda: 9)

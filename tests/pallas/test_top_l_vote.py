@@ -102,6 +102,7 @@ def gradients(model, x):
     return nnx.value_and_grad(lambda model: (model(x).astype(jnp.float32) ** 2).mean())(model)
 
 
+@pytest.mark.usefixtures("one_multiprocessor")
 def test_a_layer_and_its_gradient_lower_to_kernels():
     x = jax.ShapeDtypeStruct((2, 512, 256), jnp.bfloat16)
     graph, state = nnx.split(layer(implementation="pallas"))
@@ -111,7 +112,7 @@ def test_a_layer_and_its_gradient_lower_to_kernels():
 
     with pallas.lowering():
         text = jax.jit(loss).trace(state, x).lower(lowering_platforms=("cuda",)).as_text()
-    assert launched(text) == 1 + 3  # so few rows need not be dealt out for forward, dq and dkv
+    assert launched(text) == 1 + 6  # rows are dealt out for each of forward, dq and dkv
     for kernel in ("top_l_vote", "block_sparse_forward", "block_sparse_dkv"):
         assert kernel in text
 
