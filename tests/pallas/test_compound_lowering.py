@@ -111,6 +111,7 @@ def kept_within(name, loss):
     return name == "padded" or loss is over_documents
 
 
+@pytest.mark.usefixtures("one_multiprocessor")
 @pytest.mark.parametrize(("name", "loss"), cells(TRANSFORMED, kept_within))
 def test_gradients_lower_within_transformations(loss, name):
     pattern = PATTERNS[name]()
