@@ -279,6 +279,14 @@ class _Call:
         names += ["interpret"] if self.implementation == "pallas" else []
         return {name: getattr(self, name) for name in names}
 
+    def log_sum_exp(self, saved, length: int) -> Float[Array, "B N T"]:
+        """What the forward pass saved of it: kernels save it in their own units and form."""
+        return saved.natural(length) if self.implementation == "pallas" else saved
+
+    def with_log_sum_exp(self, saved, lse: Float[Array, "B N T"]):
+        """What is saved, with another one."""
+        return saved.with_natural(lse) if self.implementation == "pallas" else lse
+
 
 def _attend_values(call: _Call, q, k, v, pattern, q_ids, kv_ids, log_pruned) -> tuple[Array, Array]:
     """`(o, lse [B, N, T])`; `log_pruned [B or 1, N, T]` joins the softmax as a sink."""
@@ -289,23 +297,24 @@ _attend = jax.custom_vjp(_attend_values, nondiff_argnums=(0,))  # as a decorator
 
 
 def _attend_forward(call, q, k, v, pattern, q_ids, kv_ids, log_pruned):
-    o, lse = call.module.forward(
+    o, saved = call.module.forward(
         q, k, v, pattern.kv_num_blocks, pattern.kv_indices, q_ids, kv_ids, **call.static
     )
+    lse = call.log_sum_exp(saved, q.shape[1])
     if log_pruned is not None:
         # Z = Z_kept + n_pruned exp(0): o = o_kept * Z_kept / Z, an attention sink with value 0.
         total = jnp.logaddexp(lse, log_pruned)
         share = jnp.where(total == -jnp.inf, 0.0, jnp.exp(lse - total))
         o = (o * share.swapaxes(1, 2)[..., None]).astype(o.dtype)
-        lse = total
-    return (o, lse), (q, k, v, pattern, q_ids, kv_ids, o, lse)
+        lse, saved = total, call.with_log_sum_exp(saved, total)
+    return (o, lse), (q, k, v, pattern, q_ids, kv_ids, o, saved)
 
 
 def _attend_backward(call, residuals, cotangents):
-    q, k, v, pattern, q_ids, kv_ids, o, lse = residuals
+    q, k, v, pattern, q_ids, kv_ids, o, saved = residuals
     # The sink's logit is a constant, so the kept pairs' gradient needs only the total lse.
     dq, dk, dv = call.module.backward(
-        q, k, v, o, lse, *cotangents, pattern.kv_num_blocks, pattern.kv_indices,
+        q, k, v, o, saved, *cotangents, pattern.kv_num_blocks, pattern.kv_indices,
         pattern.q_num_blocks, pattern.q_indices, q_ids, kv_ids, **call.static,
     )  # fmt: skip
     return dq, dk, dv, None, None, None, None

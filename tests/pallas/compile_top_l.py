@@ -40,8 +40,8 @@ def main(features: int, causal: bool) -> None:
     def attend(q, k, v, codes, tau, first):
         options = {"num_codes": codes.num_codes, "scale": 0.1, "causal": causal}
         choice = codes.queries, codes.keys, tau, first, None
-        o, lse = top_l.forward(q, k, v, *choice, **options)
-        return o, *top_l.backward(q, k, v, o, lse, o, *choice, **options)
+        o, saved = top_l.forward(q, k, v, *choice, **options)
+        return o, *top_l.backward(q, k, v, o, saved, o, *choice, **options)
 
     choose = lambda codes: top_l.select(codes, None, keep=L // 8, causal=causal)
     vote = lambda codes: top_l.votes(codes, None, keep=L // 8, block=64, stride=8, causal=causal)

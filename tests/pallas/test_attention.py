@@ -11,7 +11,7 @@ import sparsax
 from sparsax import block_sparse_attention, pallas
 from sparsax.pallas.block_sparse import config as configs
 from sparsax.pallas.block_sparse import schedule
-from tests.helpers import assert_near
+from tests.helpers import assert_near, one_feature_each
 from tests.pallas.cases import KERNEL_CASES, LARGE, SMALL
 
 pytestmark = pytest.mark.usefixtures("few_multiprocessors")
@@ -123,17 +123,18 @@ def test_who_waits_for_whom_changes_no_bit(choice, monkeypatch):
 def test_vmap_is_a_longer_batch():
     q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 1, 128, 2, 32), jnp.float16)
     pattern = sparsax.patterns.causal(128, block=64)
+    do = one_feature_each(q)
 
-    def gradients(q, k, v):
+    def gradients(q, k, v, do):
         attend = lambda *x: block_sparse_attention(
             *x, pattern, causal=True, implementation="pallas"
         )
         o, pull = jax.vjp(attend, q, k, v)
-        return o, pull(o)
+        return o, pull(do)
 
     with pallas.interpreted():
-        batched = jax.jit(jax.vmap(gradients))(q, k, v)
-        joined = jax.jit(gradients)(*(x[:, 0] for x in (q, k, v)))
+        batched = jax.jit(jax.vmap(gradients))(q, k, v, do)
+        joined = jax.jit(gradients)(*(x[:, 0] for x in (q, k, v, do)))
     for x, y in zip(jax.tree.leaves(batched), jax.tree.leaves(joined), strict=True):
         np.testing.assert_array_equal(np.asarray(x[:, 0]), np.asarray(y))
 

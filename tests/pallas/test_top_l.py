@@ -9,7 +9,7 @@ import pytest
 
 from sparsax import pallas, top_l_attention
 from sparsax.quantise import Codes
-from tests.helpers import assert_near
+from tests.helpers import assert_near, one_feature_each
 from tests.top_l_cases import CASES, Case
 
 # Interpreting a case takes seconds; these few meet every feature between them.
@@ -107,6 +107,7 @@ def test_split_rows_add_up_interpreted(joined):
 def test_vmap_is_a_longer_batch():
     c = Case(name="vmap", B=2, T=40, N=1, K=1, keep=9, dtype="bfloat16")
     *arrays, codes, _ = c.inputs()
+    arrays[-1] = one_feature_each(arrays[-1])
 
     def gradients(q, k, v, do, codes):
         attend = lambda *x: top_l_attention(*x, codes, **c.static, implementation="pallas")

@@ -5,6 +5,7 @@ What launches kernels is jitted, so that equal layers of a model are traced and 
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +25,46 @@ from sparsax.pallas.listed import Listed, put
 from sparsax.pallas.support import vary
 
 
+class Saved(NamedTuple):
+    """What the backward pass wants of the forward pass, as its kernels read it.
+
+    Attributes:
+        lse: `[B, N, T']` in units of log 2 and infinite for a row that keeps nothing; T' are all
+            positions, padded to row tiles.
+        dealt: the table of the rows that dQ walks as well, and of those that are split; None where
+            they are not dealt out by their lists.
+    """
+
+    lse: Any
+    dealt: Any
+
+    def natural(self, length: int):
+        """The log-sum-exps `[B, N, T]`; -inf for a row that keeps nothing."""
+        lse = self.lse[..., :length]
+        return jnp.where(lse == jnp.inf, -jnp.inf, lse / LOG2E)
+
+    def with_natural(self, lse) -> "Saved":
+        """With other ones, `[B, N, T]`."""
+        units = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
+        return self._replace(lse=_behind([units], jnp.inf))
+
+
 def forward(
     q, k, v, kv_num_blocks, kv_indices, q_ids, kv_ids, *, block_q, block_kv, scale, causal, window,
     config: Config | None = None, interpret=None,
 ):  # fmt: skip
-    """`(o [B, T, N, H], lse [B, N, T])`; a row that keeps nothing has o = 0 and lse = -inf."""
+    """`o [B, T, N, H]`, 0 in a row that keeps nothing, and what is saved."""
     problem = _problem(q, k, kv_num_blocks, q_ids, block_q, block_kv, scale, causal, window)
     lists = tile_lists(kv_num_blocks, kv_indices, problem.q_bounds, block_q, block_kv)
-    (o,), (lse,) = run_forward(problem, lists, (q_ids, kv_ids), [q], [k], [v], config, interpret)
-    return o, lse
+    (o,), saved = run_forward(problem, lists, (q_ids, kv_ids), [q], [k], [v], config, interpret)
+    return o, saved
 
 
 def run_forward(
     problem: Problem, lists: TileLists, ids, q, k, v, config: Config | None, interpret,
     expected: Expected = NOTHING, listed_rows: Listed | None = None,
 ):  # fmt: skip
-    """`forward` over the lists of row tiles: of each array in q an o and an lse.
+    """`forward` over the lists of row tiles: of each array in q an o, and what is saved.
 
     q, k and v are lists of arrays that stand behind each other: queries and global rows; keys,
     packed keys and those of global rows. `ids` are those of queries and keys, `(None, None)` or
@@ -68,28 +93,28 @@ def _run_forward(
             schedule, problem.samples, splits, parts, [list(o)], problem.q_starts, lse, interpret
         )
     o = _put_rows(o, listed_rows, interpret)
-    found = _cut(o, problem.q_lengths), problem.of_queries(lse / LOG2E)
-    return vary(found, (arrays, lists, ids))
+    saved = Saved(lse, None if schedule.beforehand else (table, splits))
+    return vary((_cut(o, problem.q_lengths), saved), (arrays, lists, ids))
 
 
 def backward(
-    q, k, v, o, lse, do, dlse, kv_num_blocks, kv_indices, q_num_blocks, q_indices, q_ids, kv_ids,
+    q, k, v, o, saved, do, dlse, kv_num_blocks, kv_indices, q_num_blocks, q_indices, q_ids, kv_ids,
     *, block_q, block_kv, scale, causal, window, config: Config | None = None, interpret=None,
 ):  # fmt: skip
-    """`(dq, dk, dv)`; probabilities are computed again from `lse`, which may hold a sink."""
+    """`(dq, dk, dv)`; probabilities are computed again from the saved lse: it may hold a sink."""
     problem = _problem(q, k, kv_num_blocks, q_ids, block_q, block_kv, scale, causal, window)
     by_query = tile_lists(kv_num_blocks, kv_indices, problem.q_bounds, block_q, block_kv)
     by_key = tile_lists(q_num_blocks, q_indices, problem.kv_bounds, block_kv, block_q)
     (dq,), (dk,), (dv,) = run_backward(
-        problem, by_query, by_key, (q_ids, kv_ids), [q], [k], [v], [o], [lse], [do], dlse, config,
+        problem, by_query, by_key, (q_ids, kv_ids), [q], [k], [v], [o], saved, [do], dlse, config,
         interpret,
     )  # fmt: skip
     return dq, dk, dv
 
 
 def run_backward(
-    problem: Problem, by_query: TileLists, by_key: TileLists, ids, q, k, v, o, lse, do, dlse,
-    config: Config | None, interpret,
+    problem: Problem, by_query: TileLists, by_key: TileLists, ids, q, k, v, o, saved: Saved, do,
+    dlse, config: Config | None, interpret,
     expected: tuple[Expected, Expected] = (NOTHING, NOTHING), listed_rows: Listed | None = None,
 ):  # fmt: skip
     """`backward` over the lists of row tiles, of lists of arrays as `run_forward` takes them.
@@ -103,14 +128,14 @@ def run_backward(
         config = dataclasses.replace(
             best_config(problem, of_rows), dkv=best_config(problem, of_columns).dkv
         )
-    arrays = q, k, v, o, lse, do, dlse, listed_rows
+    arrays = q, k, v, o, saved, do, dlse, listed_rows
     return _run_backward(problem, config, interpret, expected, by_query, by_key, ids, *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run_backward(
     problem: Problem, config: Config, interpret, expected: tuple[Expected, Expected], by_query,
-    by_key, ids, q, k, v, o, lse, do, dlse, listed_rows,
+    by_key, ids, q, k, v, o, saved: Saved, do, dlse, listed_rows,
 ):  # fmt: skip
     # ds = p * (dp - delta + dlse): what a row subtracts, FlashAttention-2 section 3.1.2.
     delta = [
@@ -119,12 +144,12 @@ def _run_backward(
     ]
     if len(delta) > 1:  # or XLA fuses the sums into the concatenation, six times as slow
         delta = jax.lax.optimization_barrier(delta)
-    # A row with lse = -inf keeps nothing; +inf makes every probability of it zero.
-    lse = [jnp.where(x == -jnp.inf, jnp.inf, x * LOG2E) for x in lse]
     q, k, v, do = ([_copyable(x) for x in each] for each in (q, k, v, do))
-    arrays = *q, *k, *v, *do, _behind(lse, jnp.inf), _behind(delta, 0.0)
+    arrays = *q, *k, *v, *do, saved.lse, _behind(delta, 0.0)
 
-    schedule, table, splits = _of_queries(problem, by_query, expected[0], interpret)
+    schedule, table, splits = _of_queries(
+        problem, by_query, expected[0], interpret, dealt=saved.dealt
+    )
     kernel = dq_kernel(
         problem, schedule, by_query.bits is not None, **config.dq.keywords, interpret=interpret
     )
@@ -180,12 +205,17 @@ def _of_keys(
 
 
 def _of_queries(
-    problem: Problem, lists: TileLists, expected: Expected, interpret, teams: int = 1
+    problem: Problem, lists: TileLists, expected: Expected, interpret, teams: int = 1, dealt=None
 ):  # fmt: skip
-    """The schedule of the forward pass and of dQ, its table and that of split rows."""
+    """The schedule of the forward pass or of dQ, its table and that of split rows.
+
+    Both have one table, if they have any: dQ reads what was `dealt`.
+    """
     rows, longest = lists.count.shape[1], units(lists.cols.shape[-1], problem.block_kv)
     copies = problem.B // problem.samples * (problem.N // problem.P)
     schedule = Schedule(problem.owners, rows, copies, longest, expected, teams).in_any_order()
+    if dealt is not None:
+        return schedule, *dealt
     extra = lists.full, lists.count
     table, splits = deal(schedule, lists.count, *extra, block=problem.block_kv, interpret=interpret)
     return schedule, table, splits

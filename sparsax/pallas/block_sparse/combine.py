@@ -25,8 +25,8 @@ def combine(
     share their lists. `splits [2, E]` is from `deal`, `parts` are from the kernel that wrote them:
     sums `[part and copy, target, 128, H]`, which are added; or the outputs of softmax attention
     `[part and copy, 1, 128, H]` and their log-sum-exps `[part and copy, 128]` in units of log 2,
-    which are averaged by weight: then `lse [B, K, S']` is that of the rows, else None. It returns
-    the targets and lse.
+    which are averaged by weight: then `lse [B, K, S']` is that of the rows, infinite where there
+    is nothing to average, else None. It returns the targets and lse.
     """
     (_, _, heads, features), dtype = targets[0][0].shape, targets[0][0].dtype
     owners = schedule.owners // samples  # of one sample
@@ -72,7 +72,7 @@ def combine(
             acc, top, total = lax.fori_loop(0, more + 1, join, start)
             empty = total == 0.0
             positive = jnp.where(empty, 1.0, total)
-            lse_smem[...] = jnp.where(empty, -jnp.inf, top + jnp.log2(positive))
+            lse_smem[...] = jnp.where(empty, jnp.inf, top + jnp.log2(positive))
             write(0, (acc / per_row(positive, shape)).astype(dtype))
             plgpu.copy_smem_to_gmem(lse_smem, whole[0].at[sample, head, pl.ds(first, STRIP)])
 

@@ -48,9 +48,10 @@ def forward_kernel(
 
     q, k and v are one array or, behind each other, several: those of `q_starts` and `kv_starts`.
 
-    It returns `*o [B, T, N, H]` and `lse [B, N, T']` in units of log 2, T' all positions, padded to
-    row tiles; and of the pieces of split rows the same in float32, `[part and copy, 128, H]` and
-    `[.., 128]`. The schedule is one of as many teams.
+    It returns `*o [B, T, N, H]` and `lse [B, N, T']` in units of log 2, infinite for a query that
+    keeps nothing, T' all positions, padded to row tiles; and of the pieces of split rows the same
+    in float32, `[part and copy, 128, H]` and `[.., 128]`, but -inf. The schedule is one of as many
+    teams.
     """
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
     masked, scale = columns.masked(bits), x.scale * LOG2E
@@ -100,13 +101,14 @@ def forward_kernel(
                 empty = total == 0.0
                 positive = jnp.where(empty, 1.0, total)
                 result = acc / per_row(positive, acc.shape) + poison
-                log_total = jnp.where(empty, -jnp.inf, top + jnp.log2(positive)) + poison
+                log_total = top + jnp.log2(positive)
 
                 def write_whole():
                     out = o_smem.at[wg] if space is None else space
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     out[...] = result.astype(x.dtype)
-                    lse_smem.at[wg][...] = log_total
+                    # Infinite, so that every probability of the row is 0 in the backward pass.
+                    lse_smem.at[wg][...] = jnp.where(empty, jnp.inf, log_total) + poison
                     plgpu.commit_smem()
                     first = row * ROWS + half * WG_ROWS
                     rows = lambda first: pl.ds(first, WG_ROWS)
@@ -119,7 +121,7 @@ def forward_kernel(
                 def write_part():
                     rows = pl.ds(half * WG_ROWS, WG_ROWS)
                     parts[0].at[part, 0, rows][...] = result
-                    parts[1].at[part, rows][...] = log_total
+                    parts[1].at[part, rows][...] = jnp.where(empty, -jnp.inf, log_total) + poison
 
                 @pl.when(row >= 0)
                 def _():

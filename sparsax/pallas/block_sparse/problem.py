@@ -80,11 +80,6 @@ class Problem:
         """Position of the first key that global rows see."""
         return self.kv_starts[-1] if self.own else 0
 
-    def of_queries(self, x):
-        """Vectors `[..., positions]` of queries and of global rows."""
-        begins = zip(self.q_starts, self.q_lengths, strict=True)
-        return [x[..., start : start + length] for start, length in begins]
-
     @property
     def q_rows(self) -> int:
         """Positions of queries."""

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 
 from sparsax.compound import CompoundPattern
 from sparsax.pallas import support
+from sparsax.pallas.block_sparse.attention import Saved as SavedOfLists
 from sparsax.pallas.block_sparse.attention import run_backward, run_forward
 from sparsax.pallas.block_sparse.places import STRIDE
+from sparsax.pallas.block_sparse.problem import Problem
 from sparsax.pallas.block_sparse.tiling import Config
 from sparsax.pallas.compound.cover import expected_work
 from sparsax.pallas.compound.keys import BLOCK, Keys, poison, problem_of
@@ -32,7 +34,7 @@ def refusal(q, pattern: CompoundPattern) -> str | None:
 class Saved(NamedTuple):
     """What the backward pass wants of the forward pass."""
 
-    lse: Any  # `[B, N, T]`, and that of global rows `[B, N, R']`
+    lists: SavedOfLists | None  # of queries, and of global rows behind them; None without blocks
     brought: Any  # q of global rows, k and v of packed keys; as far as there are any
 
 
@@ -42,8 +44,7 @@ def forward(
 ):  # fmt: skip
     """`o [B, T, N, H]`, and what is saved.
 
-    `own` is `(q_global, k_global, v_global)` or three times None. Padded rows have o = 0 and
-    lse = -inf.
+    `own` is `(q_global, k_global, v_global)` or three times None. Padded rows have o = 0.
     """
     problem = problem_of(q, k, pattern, scale, own[1] is not None)
     if _empty(pattern):
@@ -51,39 +52,39 @@ def forward(
     keys = Keys(problem, pattern)
     brought = _bring(keys, q, k, v, own[0], interpret)
     qs, ks, vs = _arrays(keys, q, k, v, own, brought)
-    (o, *_), lse = run_forward(
+    (o, *_), saved = run_forward(
         problem, query_lists(keys), keys.places, qs, ks, vs, config, interpret,
         expected_work(problem, pattern, keys_in_rows=False),
         keys.listed_rows if problem.rows else None,
     )  # fmt: skip
-    if problem.rows:
-        lse[1] = jnp.where(keys.row_is_there[:, None], lse[1], -jnp.inf)
+    if problem.rows or pattern.token_mask is not None:
+        there = keys.row_is_there if problem.rows else None
+        saved = _silence(problem, saved, pattern.token_mask, there)
     if pattern.token_mask is not None:  # whole tiles ask nobody
         o = jnp.where(pattern.token_mask[:, :, None, None], o, poison(problem, pattern))
         o = o.astype(q.dtype)
-        lse[0] = jnp.where(pattern.token_mask[:, None], lse[0], -jnp.inf)
-    return o, Saved(lse, brought)
+    return o, Saved(saved, brought)
 
 
 def backward(
     q, k, v, own, o, saved: Saved, do, pattern: CompoundPattern, *, scale: float,
     config: Config | None = None, interpret=None,
 ):  # fmt: skip
-    """`(dq, dk, dv)` and those of `own`; rows with lse = -inf have no part in them."""
+    """`(dq, dk, dv)` and those of `own`; rows that keep nothing have no part in them."""
     problem = problem_of(q, k, pattern, scale, own[1] is not None)
     if _empty(pattern):
         # Without blocks all heads are valid, or none is.
         return *(_zeros(x, poison(problem, pattern)[:, :, :1]) for x in (q, k, v)), (None,) * 3
     keys = Keys(problem, pattern)
-    os, dos, lse = [o], [do], saved.lse
+    os, dos, of_lists = [o], [do], saved.lists
     if problem.rows:
         # As an ordinary row a global one keeps nothing.
-        lse = [jnp.where(keys.is_row[:, None], -jnp.inf, lse[0]), lse[1]]
+        of_lists = _silence(problem, of_lists, ~keys.is_row, None)
         os, dos = ([x, _rows(keys, pattern.take_rows(x))] for x in (o, do))
     qs, ks, vs = _arrays(keys, q, k, v, own, saved.brought)
     work = lambda keys_in_rows: expected_work(problem, pattern, keys_in_rows)
     (dq, *of_rows), dk, dv = run_backward(
-        problem, query_lists(keys), key_lists(keys), keys.places, qs, ks, vs, os, lse, dos, 0.0,
+        problem, query_lists(keys), key_lists(keys), keys.places, qs, ks, vs, os, of_lists, dos, 0.0,
         config, interpret, (work(False), work(True)),
         keys.listed_rows if problem.rows and not problem.own else None,
     )  # fmt: skip
@@ -92,6 +93,19 @@ def backward(
         of_own = [of_rows[0][:, : pattern.rows.shape[-1]], dk.pop(), dv.pop()]
     dk, dv = (keys.unpack(*x) if problem.packed else x[0] for x in (dk, dv))
     return dq, dk, dv, tuple(of_own)
+
+
+def _silence(problem: Problem, saved: SavedOfLists, queries, rows) -> SavedOfLists:
+    """As if queries, and global rows, kept nothing where their mask is False; None keeps all."""
+    begins = *problem.q_starts, saved.lse.shape[-1]
+    masks = []
+    for mask, begin, end in zip((queries, rows), begins, begins[1:], strict=False):
+        mask = jnp.ones((1, 0), bool) if mask is None else mask
+        widths = (0, 0), (0, end - begin - mask.shape[-1])
+        masks.append(jnp.pad(mask, widths, constant_values=True))
+    samples = max(map(len, masks))
+    there = jnp.concatenate([jnp.broadcast_to(x, (samples, x.shape[1])) for x in masks], 1)
+    return saved._replace(lse=jnp.where(there[:, None], saved.lse, jnp.inf))
 
 
 def _bring(keys: Keys, q, k, v, q_global, interpret):

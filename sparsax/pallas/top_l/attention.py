@@ -31,24 +31,24 @@ def forward(
     q, k, v, queries, keys, tau, first, key_mask, *, num_codes, scale, causal,
     config: Config | None = None, interpret=None,
 ):  # fmt: skip
-    """`(o [B, T, N, H], lse [B, N, T])`; a row that keeps nothing has o = 0 and lse = -inf."""
+    """`o [B, T, N, H]`, 0 in a row that keeps nothing, and what is saved."""
     problem = _problem(q, k, queries.shape[-1], scale, causal)
     ids = query_ids(queries, tau, first, num_codes), key_ids(keys, key_mask)
     lists, config = _lists(problem.T, causal, keys_in_rows=False), config or CODED[problem.H]
-    (o,), (lse,) = run_forward(problem, lists, ids, [q], [k], [v], config, interpret)
-    return o, lse
+    (o,), saved = run_forward(problem, lists, ids, [q], [k], [v], config, interpret)
+    return o, saved
 
 
 def backward(
-    q, k, v, o, lse, do, queries, keys, tau, first, key_mask, *, num_codes, scale, causal,
+    q, k, v, o, saved, do, queries, keys, tau, first, key_mask, *, num_codes, scale, causal,
     config: Config | None = None, interpret=None,
 ):  # fmt: skip
-    """`(dq, dk, dv)`; probabilities are computed again from `lse`."""
+    """`(dq, dk, dv)`; probabilities are computed again from the saved lse."""
     problem = _problem(q, k, queries.shape[-1], scale, causal)
     ids = query_ids(queries, tau, first, num_codes), key_ids(keys, key_mask)
     by_query, by_key = (_lists(problem.T, causal, keys_in_rows) for keys_in_rows in (False, True))
     (dq,), (dk,), (dv,) = run_backward(
-        problem, by_query, by_key, ids, [q], [k], [v], [o], [lse], [do], 0.0,
+        problem, by_query, by_key, ids, [q], [k], [v], [o], saved, [do], 0.0,
         config or CODED[problem.H], interpret,
     )  # fmt: skip
     return dq, dk, dv
