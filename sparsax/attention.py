@@ -132,7 +132,12 @@ def block_sparse_attention(
         poison = jnp.where(valid, 1.0, jnp.nan).repeat(q.shape[2] // pattern.num_heads)
         o, lse = (o * poison[:, None]).astype(q.dtype), lse * poison
     else:
-        pattern = _trim(_mark_overflow(pattern), causal, window)
+        # `checks.pattern_fits` has seen the values of concrete lists.
+        unknown = not is_concrete(pattern.kv_num_blocks)
+        asked = chosen == "pallas" and pallas.asks_lists(q, k, pattern, q_ids, causal, window)
+        if unknown and not asked:
+            pattern = pattern.invalidate(~pattern.valid())
+        pattern = _trim(pattern, causal, window)
         log_pruned = None
         if pruned == "zero":
             counts = xla.pruned_counts(
@@ -141,7 +146,10 @@ def block_sparse_attention(
             )  # fmt: skip
             log_pruned = jnp.log(counts).repeat(q.shape[2] // pattern.num_heads, axis=1)
         interpret = pallas.interpret() if chosen == "pallas" else None
-        call = _Call(chosen, pattern.block_q, pattern.block_kv, scale, causal, window, interpret)
+        call = _Call(
+            chosen, pattern.block_q, pattern.block_kv, scale, causal, window, interpret,
+            asked and unknown,
+        )  # fmt: skip
         q, k, v = xla.vary_alike((q, k, v), *jax.tree.leaves((pattern, q_ids, kv_ids)))
         o, lse = _attend(call, q, k, v, pattern, q_ids, kv_ids, log_pruned)
         lse = lse.swapaxes(1, 2)
@@ -268,6 +276,7 @@ class _Call:
     causal: bool
     window: Window | None
     interpret: typing.Any  # of the kernels; None on hardware
+    asked: bool  # whether the kernels are to find what lists are not to be used
 
     @property
     def module(self):
@@ -279,13 +288,15 @@ class _Call:
         names += ["interpret"] if self.implementation == "pallas" else []
         return {name: getattr(self, name) for name in names}
 
-    def log_sum_exp(self, saved, length: int) -> Float[Array, "B N T"]:
-        """What the forward pass saved of it: kernels save it in their own units and form."""
-        return saved.natural(length) if self.implementation == "pallas" else saved
-
-    def with_log_sum_exp(self, saved, lse: Float[Array, "B N T"]):
-        """What is saved, with another one."""
-        return saved.with_natural(lse) if self.implementation == "pallas" else lse
+    def forward(self, q, k, v, pattern, q_ids, kv_ids):
+        """`(o, lse [B, N, T])`, and what to save of the latter: kernels have their own form."""
+        lists, ids = (pattern.kv_num_blocks, pattern.kv_indices), (q_ids, kv_ids)
+        if self.implementation == "xla":
+            o, lse = xla.forward(q, k, v, *lists, *ids, **self.static)
+            return o, lse, lse
+        lists = *lists, pattern.q_num_blocks, pattern.q_indices
+        o, saved = pallas.forward(q, k, v, *lists, *ids, asked=self.asked, **self.static)
+        return o, saved.natural(q.shape[1]), saved
 
 
 def _attend_values(call: _Call, q, k, v, pattern, q_ids, kv_ids, log_pruned) -> tuple[Array, Array]:
@@ -297,16 +308,13 @@ _attend = jax.custom_vjp(_attend_values, nondiff_argnums=(0,))  # as a decorator
 
 
 def _attend_forward(call, q, k, v, pattern, q_ids, kv_ids, log_pruned):
-    o, saved = call.module.forward(
-        q, k, v, pattern.kv_num_blocks, pattern.kv_indices, q_ids, kv_ids, **call.static
-    )
-    lse = call.log_sum_exp(saved, q.shape[1])
+    o, lse, saved = call.forward(q, k, v, pattern, q_ids, kv_ids)
     if log_pruned is not None:
         # Z = Z_kept + n_pruned exp(0): o = o_kept * Z_kept / Z, an attention sink with value 0.
         total = jnp.logaddexp(lse, log_pruned)
         share = jnp.where(total == -jnp.inf, 0.0, jnp.exp(lse - total))
         o = (o * share.swapaxes(1, 2)[..., None]).astype(o.dtype)
-        lse, saved = total, call.with_log_sum_exp(saved, total)
+        lse, saved = total, total if call.implementation == "xla" else saved.of_natural(total)
     return (o, lse), (q, k, v, pattern, q_ids, kv_ids, o, saved)
 
 
@@ -335,12 +343,6 @@ def _segments(q, k, segment_ids, key_mask):
         q_ids, kv_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,) * 2
     kv_ids = kv_ids if key_mask is None else jnp.where(key_mask, kv_ids, -1)
     return q_ids.astype(jnp.int32), kv_ids.astype(jnp.int32)
-
-
-def _mark_overflow(pattern: BlockPattern) -> BlockPattern:
-    if is_concrete(pattern.kv_num_blocks):
-        return pattern  # `checks.pattern_fits` has seen its values
-    return pattern.invalidate(~pattern.valid())
 
 
 def _trim(pattern: BlockPattern, causal: bool, window: Window | None) -> BlockPattern:

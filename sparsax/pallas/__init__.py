@@ -2,6 +2,7 @@
 
 from sparsax.pallas import compound as compound
 from sparsax.pallas import top_l as top_l
+from sparsax.pallas.block_sparse.attention import asks_lists as asks_lists
 from sparsax.pallas.block_sparse.attention import backward as backward
 from sparsax.pallas.block_sparse.attention import forward as forward
 from sparsax.pallas.grouped_matmul import gmm as gmm

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparsax.layouts import BlockPattern
 from sparsax.pallas.block_sparse.combine import combine
 from sparsax.pallas.block_sparse.config import best_config
 from sparsax.pallas.block_sparse.deal import deal
@@ -18,11 +19,13 @@ from sparsax.pallas.block_sparse.dq import dq_kernel
 from sparsax.pallas.block_sparse.forward import forward_kernel
 from sparsax.pallas.block_sparse.problem import Problem
 from sparsax.pallas.block_sparse.schedule import NOTHING, Expected, Schedule, units
-from sparsax.pallas.block_sparse.tiles import ROWS, TileLists, tile_lists
+from sparsax.pallas.block_sparse.tiles import ROWS, TileLists, Turned, tile_lists
 from sparsax.pallas.block_sparse.tiling import Config
 from sparsax.pallas.hopper import LOG2E
 from sparsax.pallas.listed import Listed, put
 from sparsax.pallas.support import vary
+
+FEW_LISTS = 64  # of a head, by row and by column, that a kernel reads for each row tile
 
 
 class Saved(NamedTuple):
@@ -43,21 +46,44 @@ class Saved(NamedTuple):
         lse = self.lse[..., :length]
         return jnp.where(lse == jnp.inf, -jnp.inf, lse / LOG2E)
 
-    def with_natural(self, lse) -> "Saved":
-        """With other ones, `[B, N, T]`."""
+    def of_natural(self, lse) -> "Saved":
+        """With other log-sum-exps, `[B, N, T]`."""
         units = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)
         return self._replace(lse=_behind([units], jnp.inf))
 
 
 def forward(
-    q, k, v, kv_num_blocks, kv_indices, q_ids, kv_ids, *, block_q, block_kv, scale, causal, window,
-    config: Config | None = None, interpret=None,
+    q, k, v, kv_num_blocks, kv_indices, q_num_blocks, q_indices, q_ids, kv_ids, *, block_q,
+    block_kv, scale, causal, window, asked: bool = False, config: Config | None = None,
+    interpret=None,
 ):  # fmt: skip
-    """`o [B, T, N, H]`, 0 in a row that keeps nothing, and what is saved."""
+    """`o [B, T, N, H]`, 0 in a row that keeps nothing, and what is saved.
+
+    Lists that are not to be used are those below 0 or, for whole heads if `asked`, too long.
+    """
     problem = _problem(q, k, kv_num_blocks, q_ids, block_q, block_kv, scale, causal, window)
     lists = tile_lists(kv_num_blocks, kv_indices, problem.q_bounds, block_q, block_kv)
+    if asked:
+        turned = Turned(q_num_blocks, (kv_indices.shape[-1], q_indices.shape[-1]))
+        lists = dataclasses.replace(lists, turned=turned)
     (o,), saved = run_forward(problem, lists, (q_ids, kv_ids), [q], [k], [v], config, interpret)
     return o, saved
+
+
+def asks_lists(q, k, pattern: BlockPattern, q_ids, causal: bool, window) -> bool:
+    """Whether kernels find heads with lists that are not to be used, sparing XLA two launches.
+
+    They do where they read the lists as they are; and of single rows only if there are few lists,
+    since each row tile reads all of its head.
+    """
+    counts, by_key = pattern.kv_num_blocks, pattern.q_num_blocks
+    blocks = pattern.block_q, pattern.block_kv
+    problem = _problem(q, k, counts, q_ids, *blocks, 1.0, causal, window)
+    if pattern.block_q != ROWS or problem.q_bounds.partial(pattern.block_kv):
+        return False
+    teams = best_config(problem, False).forward.teams
+    schedule = _schedule(problem, counts.shape[1], pattern.kv_indices.shape[-1], NOTHING, teams)
+    return not schedule.single or counts.shape[1] + by_key.shape[1] <= FEW_LISTS
 
 
 def run_forward(
@@ -82,11 +108,14 @@ def _run_forward(
 ):  # fmt: skip
     teams = config.forward.teams
     schedule, table, splits = _of_queries(problem, lists, expected, interpret, teams)
+    asked = lists.turned if schedule.single else None
     kernel = forward_kernel(
-        problem, schedule, lists.bits is not None, **config.forward.keywords, interpret=interpret
-    )
+        problem, schedule, lists.bits is not None, **config.forward.keywords,
+        turned=asked and asked.widths, interpret=interpret,
+    )  # fmt: skip
     arrays = [_copyable(x) for x in (*q, *k, *v)]
-    results = kernel(*_operands(lists, table, ids), *arrays)
+    turned = [] if asked is None else [asked.count]
+    results = kernel(*_operands(lists, table, ids), *turned, *arrays)
     o, lse, parts = results[: len(q)], results[len(q)], results[len(q) + 1 :]
     if parts:
         (o,), lse = combine(
@@ -183,7 +212,7 @@ def _of_keys(
     schedule = Schedule(samples * owners, rows, copies, longest, expected, twentieths=18)
     schedule = schedule.in_any_order()
     if count.shape[1] > 1:  # several lists a row: their work is added up
-        count, block = units(jnp.maximum(count, 0), block).sum(1), ROWS
+        count, block = units(jnp.clip(count, 0, lists.cols.shape[-1]), block).sum(1), ROWS
     count = count.reshape(samples * owners, rows)
     table, splits = deal(schedule, count, block=block, times=queries, interpret=interpret)
     operands = *_operands(lists, table, ids), *arrays
@@ -211,14 +240,23 @@ def _of_queries(
 
     Both have one table, if they have any: dQ reads what was `dealt`.
     """
-    rows, longest = lists.count.shape[1], units(lists.cols.shape[-1], problem.block_kv)
-    copies = problem.B // problem.samples * (problem.N // problem.P)
-    schedule = Schedule(problem.owners, rows, copies, longest, expected, teams).in_any_order()
+    _, rows, width = lists.cols.shape
+    schedule = _schedule(problem, rows, width, expected, teams)
     if dealt is not None:
         return schedule, *dealt
     extra = lists.full, lists.count
-    table, splits = deal(schedule, lists.count, *extra, block=problem.block_kv, interpret=interpret)
+    table, splits = deal(
+        schedule, lists.count, *extra, block=problem.block_kv, turned=lists.turned,
+        interpret=interpret,
+    )  # fmt: skip
     return schedule, table, splits
+
+
+def _schedule(problem: Problem, rows: int, width: int, expected: Expected, teams: int) -> Schedule:
+    """Of so many row tiles a head, with lists of so many entries."""
+    copies = problem.B // problem.samples * (problem.N // problem.P)
+    longest = units(width, problem.block_kv)
+    return Schedule(problem.owners, rows, copies, longest, expected, teams).in_any_order()
 
 
 def _masked(problem: Problem, by_query: TileLists) -> bool:

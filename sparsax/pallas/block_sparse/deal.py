@@ -1,5 +1,7 @@
 """The table of a schedule, written by one small kernel where XLA would launch ten."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,8 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
+from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse.schedule import Schedule
-from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.block_sparse.tiles import ROWS, Turned, unusable
 from sparsax.pallas.hopper import multiprocessors
 
 LEAST = 8  # units of a piece of a row at least: each costs about as much as two units more
@@ -20,15 +23,16 @@ THREADS = 128
 
 def deal(
     schedule: Schedule, entries: Int[Array, "A R"], *extra: Int[Array, "A R"],
-    block: int = ROWS, times: int = 1, interpret,
+    block: int = ROWS, times: int = 1, turned: Turned | None = None, interpret,
 ) -> tuple[Int[Array, " F"], Int[Array, "2 E"] | None]:  # fmt: skip
     """What `Schedule.read` reads; and for each added piece, if it is a row's second, row and more.
 
     `entries` are those of each row's list of blocks of so many columns, which is walked so many
-    times; below 0 they are no work. `extra` is what else its kernel wants to know of a row. The
-    table is the number of added pieces, and then fields: of these pieces, and of each head's rows
-    from the longest to the shortest. Of rows that are dealt beforehand it is `Schedule.hands`, of
-    single ones a number that nobody reads.
+    times; below 0 they are no work. `extra` is what else its kernel wants to know of a row; with
+    `turned` the last of it are its entries, `INVALID` where a list of its head is not to be used.
+    The table is the number of added pieces, and then fields: of these pieces, and of each head's
+    rows from the longest to the shortest. Of rows that are dealt beforehand it is
+    `Schedule.hands`, of single ones a number that nobody reads.
 
     Every thread block adds up all work for itself, so that none waits for another.
     """
@@ -40,31 +44,36 @@ def deal(
     per_unit = ROWS // block
     strip_rows = min(STRIP, -(-s.rows // (AT_ONCE * multiprocessors())))
     items, strips = s.extra + s.rows, -(-s.tiles // strip_rows)
-    width = -(-s.tiles // THREADS) * THREADS
-    flat = entries.reshape(-1)
-    flat = jnp.pad(flat, (0, max(0, width - s.rows)))
+    flat = _long_enough(entries)
     chunk = min(CHUNK, flat.size // THREADS * THREADS)
     chunks = -(-flat.size // chunk)
+    counts = [] if turned is None else [_long_enough(turned.count)]
 
     def kernel(entries, *refs):
-        others, (table, *splits) = refs[: len(extra)], refs[len(extra) :]
+        others, refs = refs[: len(extra)], list(refs[len(extra) :])
+        by_column: Any = None if turned is None else refs.pop(0)
+        table, *splits = refs
         owner, strip = lax.axis_index("owner"), lax.axis_index("strip")
 
         def work_of(found):
             """As `units` has it, in registers: before the kernel it would be a launch."""
-            found = jnp.maximum(found, 0)
+            found = jnp.clip(found, 0, s.longest * per_unit // times)
             if per_unit > 1:
                 whole = jnp.broadcast_to(jnp.int32(per_unit), found.shape)
                 found = lax.div(found + (per_unit - 1), whole)
             return times * found if times > 1 else found
 
-        def load(ref, begin, size):
-            found, places = _load(ref, begin, size)
-            return work_of(found), places
-
         begin = owner * s.tiles
-        own, here = load(entries, begin, width)
-        of_head = (here >= begin) & (here < begin + s.tiles)
+        own, here, of_head = _load_head(entries, owner, s.tiles)
+        own_entries, own = own, work_of(own)
+        good: Any = True
+        if turned is not None:
+            columns, of_columns = _load_head(by_column, owner, turned.count.shape[-1])[::2]
+            lists = (own_entries, of_head), (columns, of_columns)
+            good = sum(
+                jnp.where(unusable(count, width) & ours, 1, 0).sum()
+                for (count, ours), width in zip(lists, turned.widths, strict=True)
+            ) == 0  # fmt: skip
 
         def put(index, *fields):
             for i, x in enumerate(fields):
@@ -79,6 +88,8 @@ def deal(
                 @pl.when(row < begin + s.tiles)
                 def _():
                     mine, fields = work_of(entries[row]), [x[row] for x in others]
+                    if turned is not None:
+                        fields[-1] = jnp.where(good, fields[-1], INVALID)
                     longer = (own > mine) | ((own == mine) & (here < row))
                     place = s.extra + begin + jnp.where(longer & of_head, 1, 0).sum()
                     if share is None:
@@ -114,8 +125,8 @@ def deal(
         every = lambda add, start: lax.fori_loop(0, chunks, add, start)
 
         def of_chunk(i):
-            x, place = load(entries, i * chunk, chunk)
-            return jnp.where(place >= i * chunk, x, 0), place
+            x, place = _load(entries, i * chunk, chunk)
+            return jnp.where(place >= i * chunk, work_of(x), 0), place
 
         total = every(lambda i, total: total + of_chunk(i)[0].sum(), jnp.int32(0))
         # So that at most `extra` are added.
@@ -154,8 +165,21 @@ def deal(
         grid_names=("owner", "strip"),
         kernel_name="block_sparse_deal",
         interpret=interpret,
-    )(flat, *(x.reshape(-1) for x in extra))
+    )(flat, *(x.reshape(-1) for x in extra), *counts)
     return table, splits[0] if splits else None
+
+
+def _long_enough(numbers):
+    """Numbers `[A, n]` of heads behind each other, with zeros, as far as `_load_head` needs any."""
+    size = -(-numbers.shape[-1] // THREADS) * THREADS
+    return jnp.pad(numbers.reshape(-1), (0, max(0, size - numbers.size)))
+
+
+def _load_head(ref, owner, size: int):
+    """So many numbers of a head, with others; their places; and which are the head's."""
+    begin = owner * size
+    found, places = _load(ref, begin, -(-size // THREADS) * THREADS)
+    return found, places, (places >= begin) & (places < begin + size)
 
 
 def _load(ref, begin, size: int):

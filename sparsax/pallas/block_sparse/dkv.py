@@ -108,6 +108,7 @@ def dkv_kernel(
                 full, count = (
                     jnp.where(there, ref[list_of, row], 0) for ref in (lists.full, lists.count)
                 )
+                count = lists.entries(count)
                 entries = jnp.maximum(count, 0)
                 work = units(entries, x.block_q)
                 first, last = (jnp.clip(i - passed, 0, work) for i in (item.first, item.last))

@@ -12,11 +12,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse import masks, stream
 from sparsax.pallas.block_sparse.problem import Columns, Problem
 from sparsax.pallas.block_sparse.schedule import Item, Schedule
 from sparsax.pallas.block_sparse.segments import Segments
-from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.block_sparse.tiles import ROWS, unusable
 from sparsax.pallas.hopper import COL, COMPUTE, ROW, WG_ROWS, Ring
 
 
@@ -31,14 +32,20 @@ class Lists:
     bits: Any
     q_ids: Any
     kv_ids: Any
+    turned: Any
 
     @classmethod
-    def split(cls, refs, bits: bool, x: Problem):
+    def split(cls, refs, bits: bool, x: Problem, turned: bool = False):
         """The lists, and the operands that follow them."""
         table, full, count, cols, *rest = refs
         bits_ref = rest.pop(0) if bits else None
         ids = (rest.pop(0), rest.pop(0)) if x.ids else (None, None)
-        return cls(table, full, count, cols, bits_ref, *ids), rest
+        by_column = rest.pop(0) if turned else None
+        return cls(table, full, count, cols, bits_ref, *ids, by_column), rest
+
+    def entries(self, count):
+        """Entries of a list, below 0 if it has more than it can hold."""
+        return jnp.where(count > self.cols.shape[-1], INVALID, count)
 
 
 def query_types(x: Problem) -> list[jax.ShapeDtypeStruct]:
@@ -93,6 +100,7 @@ class QueryTiles:
         # Samples are told apart by the owner if it is one of theirs, else by the copy.
         sample, kv_head = item.copy // sharing + item.owner // x.P, head // (x.N // x.K)
         full, count = item.extra
+        count = self.lists.entries(count)
         first, last = self.columns.span(item.first, item.last, jnp.maximum(count, 0))
         place = jnp.where(item.part >= 0, item.part * self.schedule.copies + item.copy, -1)
         return QueryTile(item.row, p, sample, head, kv_head, first, last, place, full, count)
@@ -103,6 +111,21 @@ class QueryTiles:
         go = lambda item, carry: visit(self.tile(item), carry)
         extra = self.lists.full, self.lists.count
         return self.schedule.each(number, self.lists.table, go, carry, extra)
+
+    def poison(self, team, widths: tuple[int, int]):
+        """NaN if any list of the head of a team's only row is not to be used, else 0.
+
+        Each list is read alone: what is asked of few rows alone is few reads, all in flight at once
+        while the first tiles arrive. `widths`: of `Turned`.
+        """
+        s, lists = self.schedule, self.lists
+        number = s.number(lax.axis_index("item"), team)
+        owner = jnp.minimum(number, s.rows * s.copies - 1) // (s.copies * s.tiles)
+        wrong = jnp.int32(0)
+        for counts, most in zip((lists.count, lists.turned), widths, strict=True):
+            for i in range(counts.shape[-1]):
+                wrong += jnp.where(unusable(counts[owner, i], most), 1, 0)
+        return jnp.where(wrong > 0, jnp.nan, 0.0)
 
     def copy(
         self, team, of_rows, rows_ring: Ring, k: Segments, v: Segments, k_smem, v_smem, ids_smem,

@@ -18,6 +18,25 @@ from sparsax.pallas.block_sparse.rules import PairRule
 ROWS = 128  # two warpgroups of 64 rows, the M of a Hopper matrix instruction
 
 
+def unusable(count, width: int):
+    """Whether a list of so many entries, which can hold so many, is not valid."""
+    return (count < 0) | (count > width)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Turned:
+    """The same heads' lists by column, asked only whether they are valid.
+
+    Attributes:
+        count: entries of each, `[A, J]`.
+        widths: the most entries that a list by row, and one by column, can hold.
+    """
+
+    count: Int[Array, "A J"]
+    widths: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class TileLists:
@@ -26,15 +45,17 @@ class TileLists:
     Attributes:
         full: leading entries in which every pair attends, `[A, R]`: A is P, or P of every sample;
             none where below 0.
-        count: entries of the list; `INVALID` where the pattern is not to be used, `[A, R]`.
+        count: entries of the list, `[A, R]`; `unusable` where the pattern is not to be used.
         cols: column blocks `[P, R, C]`.
         bits: which row blocks of the tile list the column, `[P, R, C]`; None if it is always all.
+        turned: what else makes all of a head unusable; None where `count` says it row by row.
     """
 
     full: Int[Array, "A R"]
     count: Int[Array, "A R"]
     cols: Int[Array, "P R C"]
     bits: Int[Array, "P R C"] | None
+    turned: Turned | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +126,7 @@ def tile_lists(
     slot = jnp.where(present, slot, num_cols)
     index = p, jnp.arange(tiles)[:, None], slot
     place = lambda x: jnp.zeros_like(bits).at[index].set(x, mode="drop")
-    invalid = cut(counts, 0).min(2) < 0
+    invalid = cut(unusable(counts, lists.shape[-1]), False).any(2)
     return TileLists(
         jnp.where(invalid, 0, full.sum(-1)),
         jnp.where(invalid, INVALID, present.sum(-1)),

@@ -76,6 +76,7 @@ def backward(
         # Without blocks all heads are valid, or none is.
         return *(_zeros(x, poison(problem, pattern)[:, :, :1]) for x in (q, k, v)), (None,) * 3
     keys = Keys(problem, pattern)
+    assert saved.lists is not None
     os, dos, of_lists = [o], [do], saved.lists
     if problem.rows:
         # As an ordinary row a global one keeps nothing.
@@ -84,8 +85,8 @@ def backward(
     qs, ks, vs = _arrays(keys, q, k, v, own, saved.brought)
     work = lambda keys_in_rows: expected_work(problem, pattern, keys_in_rows)
     (dq, *of_rows), dk, dv = run_backward(
-        problem, query_lists(keys), key_lists(keys), keys.places, qs, ks, vs, os, of_lists, dos, 0.0,
-        config, interpret, (work(False), work(True)),
+        problem, query_lists(keys), key_lists(keys), keys.places, qs, ks, vs, os, of_lists, dos,
+        0.0, config, interpret, (work(False), work(True)),
         keys.listed_rows if problem.rows and not problem.own else None,
     )  # fmt: skip
     of_own = [None, None, None]
