@@ -1,6 +1,7 @@
 """The Hopper kernels against the float32 reference: interpreted here, and on the GPU itself."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,63 @@ def test_an_invalid_head_is_nan_and_only_that():
         for x in jax.jit(value_and_gradient)(q, jnp.array([False, True])):
             assert np.isfinite(np.asarray(x[:, :, 0], np.float32)).all()
             assert np.isnan(np.asarray(x[:, :, 1], np.float32)).all()
+
+
+@pytest.mark.usefixtures("fresh", "no_races")
+@pytest.mark.parametrize("tight", ["kv_width", "q_width"])
+@pytest.mark.parametrize("few", [1, 132])
+def test_a_list_that_overflows_under_jit_makes_its_head_nan(few, tight, monkeypatch):
+    """Where the kernels find it: of rows that are dealt out, and of single ones."""
+    monkeypatch.setattr(schedule, "multiprocessors", lambda: few)
+    mask = np.zeros((2, 3, 2), bool)
+    mask[0] = [[1, 1], [1, 0], [0, 1]]  # one row of two entries, and two such columns
+    mask[1, :2] = np.eye(2)
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 384, 2, 64), jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(mask, widths):
+        pattern = sparsax.BlockPattern.from_block_mask(
+            mask, q_len=384, kv_len=256, block_q=128, **dict(widths)
+        )
+        assert pallas.asks_lists(q, k[:, :256], pattern, None, False, None)
+        attend = lambda q, k, v: block_sparse_attention(
+            q, k, v, pattern, implementation="pallas", return_lse=True
+        )
+        values, pull = jax.vjp(attend, q, k[:, :256], k[:, 128:])
+        return *values, *pull((q, q[..., 0].astype(jnp.float32)))
+
+    with pallas.interpreted(detect_races=True):
+        enough, bad = run(jnp.asarray(mask), ()), run(jnp.asarray(mask), ((tight, 1),))
+    for name, good, found in zip(("o", "lse", "dq", "dk", "dv"), enough, bad, strict=True):
+        good, found = (np.asarray(x, np.float32) for x in (good, found))
+        assert not np.isnan(good).any(), name
+        assert np.isnan(found[:, :, 0]).all(), name
+        np.testing.assert_array_equal(found[:, :, 1], good[:, :, 1], err_msg=name)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    ("heads", "length", "causal", "reduces"),
+    [
+        (16, 1024, False, False),  # single rows
+        (16, 4096, False, False),  # rows that are dealt out
+        (16, 1024, True, True),  # XLA cuts the lists in any case
+        (1, 8192, False, True),  # each of the single rows would read 128 lists
+    ],
+)
+def test_xla_looks_through_lists_only_where_kernels_do_not(
+    heads, length, causal, reduces, monkeypatch
+):
+    monkeypatch.setattr(schedule, "multiprocessors", lambda: 132)
+    q = jax.ShapeDtypeStruct((1, length, heads, 64), jnp.bfloat16)
+    blocks = np.arange(length // 128)
+    mask = np.broadcast_to(abs(blocks - blocks[:, None]) < 3, (heads, len(blocks), len(blocks)))
+    pattern = sparsax.BlockPattern.from_block_mask(mask, q_len=length, block_q=128, kv_width=8)
+    attend = functools.partial(block_sparse_attention, causal=causal, implementation="pallas")
+    with pallas.lowering():
+        lowered = jax.jit(attend).trace(q, q, q, pattern).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+    assert ("stablehlo.reduce(" in lowered.as_text()) == reduces
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_gradients_lower_within_transformations(loss):
     assert "mosaic_gpu" in text
 
 
-@pytest.mark.parametrize(("samples", "launches"), [(1, 9), (64, 6)])
+@pytest.mark.parametrize(("samples", "launches"), [(1, 8), (64, 5)])
 def test_long_rows_are_cut_unless_many_samples_keep_the_gpu_busy(samples, launches):
     pattern = sparsax.patterns.bigbird(4096, block=128)
     q = jax.ShapeDtypeStruct((samples, 4096, 8, 64), jnp.bfloat16)
