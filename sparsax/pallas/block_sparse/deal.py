@@ -44,14 +44,15 @@ def deal(
     per_unit = ROWS // block
     strip_rows = min(STRIP, -(-s.rows // (AT_ONCE * multiprocessors())))
     items, strips = s.extra + s.rows, -(-s.tiles // strip_rows)
-    flat = _long_enough(entries)
-    chunk = min(CHUNK, flat.size // THREADS * THREADS)
-    chunks = -(-flat.size // chunk)
-    counts = [] if turned is None else [_long_enough(turned.count)]
+    counts = [_long_enough(x) for x in (entries, *([] if turned is None else [turned.count]))]
+    longest = max(counts[0].size, THREADS)
+    chunk = min(CHUNK, longest // THREADS * THREADS)
+    chunks = -(-longest // chunk)
 
-    def kernel(entries, *refs):
-        others, refs = refs[: len(extra)], list(refs[len(extra) :])
-        by_column: Any = None if turned is None else refs.pop(0)
+    def kernel(*refs, smem, bar):
+        one_by_one, refs = refs[0], list(refs)
+        entries, *by_column = _whole([refs.pop(0) for _ in counts], smem, bar)
+        others = [refs.pop(0) for _ in extra]
         table, *splits = refs
         owner, strip = lax.axis_index("owner"), lax.axis_index("strip")
 
@@ -68,7 +69,7 @@ def deal(
         own_entries, own = own, work_of(own)
         good: Any = True
         if turned is not None:
-            columns, of_columns = _load_head(by_column, owner, turned.count.shape[-1])[::2]
+            columns, of_columns = _load_head(by_column[0], owner, turned.count.shape[-1])[::2]
             lists = (own_entries, of_head), (columns, of_columns)
             good = sum(
                 jnp.where(unusable(count, width) & ours, 1, 0).sum()
@@ -87,7 +88,7 @@ def deal(
 
                 @pl.when(row < begin + s.tiles)
                 def _():
-                    mine, fields = work_of(entries[row]), [x[row] for x in others]
+                    mine, fields = work_of(one_by_one[row]), [x[row] for x in others]
                     if turned is not None:
                         fields[-1] = jnp.where(good, fields[-1], INVALID)
                     longer = (own > mine) | ((own == mine) & (here < row))
@@ -157,22 +158,43 @@ def deal(
 
         lax.fori_loop(0, -(-s.extra // blocks), unused, None)
 
+    scratch: dict[str, Any] = {"smem": None, "bar": None}
+    if short := sum(x.size < THREADS for x in counts):
+        scratch["smem"] = plgpu.SMEM((short, THREADS), jnp.int32)
+        scratch["bar"] = plgpu.Barrier(num_arrivals=short)
     int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     table, *splits = plgpu.kernel(
         kernel,
         out_type=(int32(1 + (4 + len(extra)) * items), *([int32(2, s.extra)] if s.extra else [])),
         grid=(s.owners, strips),
         grid_names=("owner", "strip"),
+        scratch_types=scratch,
         kernel_name="block_sparse_deal",
         interpret=interpret,
-    )(flat, *(x.reshape(-1) for x in extra), *counts)
+    )(*counts, *(x.reshape(-1) for x in extra))
     return table, splits[0] if splits else None
 
 
 def _long_enough(numbers):
-    """Numbers `[A, n]` of heads behind each other, with zeros, as far as `_load_head` needs any."""
+    """Numbers `[A, n]` of heads behind each other, with zeros, as far as `_load_head` needs any.
+
+    Fewer than threads are as they are: `_whole` has zeros for them, and padding costs a launch.
+    """
     size = -(-numbers.shape[-1] // THREADS) * THREADS
-    return jnp.pad(numbers.reshape(-1), (0, max(0, size - numbers.size)))
+    more = size - numbers.size if numbers.size > THREADS else 0
+    return jnp.pad(numbers.reshape(-1), (0, more)) if more > 0 else numbers.reshape(-1)
+
+
+def _whole(vectors, smem, bar):
+    """References to vectors of as many numbers as threads or more; copies end with zeros."""
+    short = [i for i, x in enumerate(vectors) if x.shape[0] < THREADS]
+    found = list(vectors)
+    for place, i in enumerate(short):
+        plgpu.copy_gmem_to_smem(vectors[i].at[pl.ds(0, THREADS)], smem.at[place], bar)
+        found[i] = smem.at[place]
+    if short:
+        plgpu.barrier_wait(bar)
+    return found
 
 
 def _load_head(ref, owner, size: int):
