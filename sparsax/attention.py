@@ -137,7 +137,8 @@ def block_sparse_attention(
         asked = chosen == "pallas" and pallas.asks_lists(q, k, pattern, q_ids, causal, window)
         if unknown and not asked:
             pattern = pattern.invalidate(~pattern.valid())
-        pattern = _trim(pattern, causal, window)
+        if chosen == "xla":  # kernels leave out themselves what nobody sees
+            pattern = _trim(pattern, causal, window)
         log_pruned = None
         if pruned == "zero":
             counts = xla.pruned_counts(

@@ -12,7 +12,9 @@ import sparsax
 from sparsax import pallas
 from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse import deal as dealing
+from sparsax.pallas.block_sparse import regroup
 from sparsax.pallas.block_sparse.deal import LEAST, deal
+from sparsax.pallas.block_sparse.regroup import tile_lists
 from sparsax.pallas.block_sparse.schedule import (
     LONG,
     OF_ROW,
@@ -21,15 +23,19 @@ from sparsax.pallas.block_sparse.schedule import (
     Schedule,
     units,
 )
-from sparsax.pallas.block_sparse.tiles import ROWS, Bounds, tile_lists
+from sparsax.pallas.block_sparse.tiles import ROWS, Bounds
 from sparsax.pallas.hopper import multiprocessors
 
 
 @pytest.mark.parametrize(("block_q", "block_kv"), list(itertools.product((32, 64, 128), repeat=2)))
-@pytest.mark.parametrize(("before", "after"), [(None, None), (None, 0), (150, 40)])
-def test_tiles_list_what_their_rows_list_and_know_what_needs_no_mask(
-    block_q, block_kv, before, after
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, None), (None, 0), (0, None), (150, 40), (20, 0)]
+)
+@pytest.mark.parametrize("compared", [0, regroup.COMPARED])
+def test_tiles_list_what_their_rows_see_and_know_what_needs_no_mask(
+    block_q, block_kv, before, after, compared, monkeypatch
 ):
+    monkeypatch.setattr(regroup, "COMPARED", compared)
     q_len, kv_len, heads = 450, 330, 2
     rng = np.random.default_rng(block_q + block_kv)
     blocks = rng.random((heads, -(-q_len // block_q), -(-kv_len // block_kv))) < 0.6
@@ -43,10 +49,14 @@ def test_tiles_list_what_their_rows_list_and_know_what_needs_no_mask(
     attend &= (gap >= -before) if before is not None else True
     attend &= (gap <= after) if after is not None else True
     per_tile = ROWS // block_q
+    widths = (0, 0), (0, -q_len % block_q), (0, -kv_len % block_kv)
+    seen = np.pad(attend, widths).reshape(heads, blocks.shape[1], block_q, -1, block_kv)
+    seen = seen.any((2, 4))
     for p, r in np.ndindex(*lists.count.shape):
         count, full = int(lists.count[p, r]), int(lists.full[p, r])
         cols = np.asarray(lists.cols[p, r, :count])
-        rows = blocks[p, r * per_tile : (r + 1) * per_tile]
+        rows = seen[p, r * per_tile : (r + 1) * per_tile]
+        assert [*sorted(cols[:full]), *sorted(cols[full:])] == cols.tolist()
         assert sorted(cols) == np.flatnonzero(rows.any(0)).tolist()
         for slot, col in enumerate(cols):
             pairs = attend[p, r * ROWS : (r + 1) * ROWS, col * block_kv : (col + 1) * block_kv]

@@ -18,8 +18,9 @@ from sparsax.pallas.block_sparse.dkv import dkv_kernel
 from sparsax.pallas.block_sparse.dq import dq_kernel
 from sparsax.pallas.block_sparse.forward import forward_kernel
 from sparsax.pallas.block_sparse.problem import Problem
+from sparsax.pallas.block_sparse.regroup import tile_lists, tile_shape
 from sparsax.pallas.block_sparse.schedule import NOTHING, Expected, Schedule, units
-from sparsax.pallas.block_sparse.tiles import ROWS, TileLists, Turned, tile_lists
+from sparsax.pallas.block_sparse.tiles import ROWS, Every, TileLists
 from sparsax.pallas.block_sparse.tiling import Config
 from sparsax.pallas.hopper import LOG2E
 from sparsax.pallas.listed import Listed, put
@@ -64,8 +65,9 @@ def forward(
     problem = _problem(q, k, kv_num_blocks, q_ids, block_q, block_kv, scale, causal, window)
     lists = tile_lists(kv_num_blocks, kv_indices, problem.q_bounds, block_q, block_kv)
     if asked:
-        turned = Turned(q_num_blocks, (kv_indices.shape[-1], q_indices.shape[-1]))
-        lists = dataclasses.replace(lists, turned=turned)
+        widths = kv_indices.shape[-1], q_indices.shape[-1]
+        every = Every((kv_num_blocks, q_num_blocks), widths)
+        lists = dataclasses.replace(lists, every=every)
     (o,), saved = run_forward(problem, lists, (q_ids, kv_ids), [q], [k], [v], config, interpret)
     return o, saved
 
@@ -73,17 +75,17 @@ def forward(
 def asks_lists(q, k, pattern: BlockPattern, q_ids, causal: bool, window) -> bool:
     """Whether kernels find heads with lists that are not to be used, sparing XLA two launches.
 
-    They do where they read the lists as they are; and of single rows only if there are few lists,
-    since each row tile reads all of its head.
+    What deals rows out does; where none are, each row tile reads all lists of its head, if few.
     """
     counts, by_key = pattern.kv_num_blocks, pattern.q_num_blocks
+    if counts.shape[1] + by_key.shape[1] <= FEW_LISTS:
+        return True
     blocks = pattern.block_q, pattern.block_kv
     problem = _problem(q, k, counts, q_ids, *blocks, 1.0, causal, window)
-    if pattern.block_q != ROWS or problem.q_bounds.partial(pattern.block_kv):
-        return False
-    teams = best_config(problem, False).forward.teams
-    schedule = _schedule(problem, counts.shape[1], pattern.kv_indices.shape[-1], NOTHING, teams)
-    return not schedule.single or counts.shape[1] + by_key.shape[1] <= FEW_LISTS
+    bounds, width = problem.q_bounds, pattern.kv_indices.shape[-1]
+    rows, width, bits = tile_shape(counts.shape[1], width, bounds, *blocks)
+    config = best_config(problem, bits or bounds.partial(pattern.block_kv))
+    return not _schedule(problem, rows, width, NOTHING, config.forward.teams).single
 
 
 def run_forward(
@@ -108,14 +110,14 @@ def _run_forward(
 ):  # fmt: skip
     teams = config.forward.teams
     schedule, table, splits = _of_queries(problem, lists, expected, interpret, teams)
-    asked = lists.turned if schedule.single else None
+    asked = lists.every if schedule.single else None
     kernel = forward_kernel(
         problem, schedule, lists.bits is not None, **config.forward.keywords,
-        turned=asked and asked.widths, interpret=interpret,
+        every=asked and asked.widths, interpret=interpret,
     )  # fmt: skip
     arrays = [_copyable(x) for x in (*q, *k, *v)]
-    turned = [] if asked is None else [asked.count]
-    results = kernel(*_operands(lists, table, ids), *turned, *arrays)
+    of_heads = () if asked is None else asked.counts
+    results = kernel(*_operands(lists, table, ids), *of_heads, *arrays)
     o, lse, parts = results[: len(q)], results[len(q)], results[len(q) + 1 :]
     if parts:
         (o,), lse = combine(
@@ -246,7 +248,7 @@ def _of_queries(
         return schedule, *dealt
     extra = lists.full, lists.count
     table, splits = deal(
-        schedule, lists.count, *extra, block=problem.block_kv, turned=lists.turned,
+        schedule, lists.count, *extra, block=problem.block_kv, every=lists.every,
         interpret=interpret,
     )  # fmt: skip
     return schedule, table, splits

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse.schedule import Schedule
-from sparsax.pallas.block_sparse.tiles import ROWS, Turned, unusable
+from sparsax.pallas.block_sparse.tiles import ROWS, Every, unusable
 from sparsax.pallas.hopper import multiprocessors
 
 LEAST = 8  # units of a piece of a row at least: each costs about as much as two units more
@@ -23,13 +23,13 @@ THREADS = 128
 
 def deal(
     schedule: Schedule, entries: Int[Array, "A R"], *extra: Int[Array, "A R"],
-    block: int = ROWS, times: int = 1, turned: Turned | None = None, interpret,
+    block: int = ROWS, times: int = 1, every: Every | None = None, interpret,
 ) -> tuple[Int[Array, " F"], Int[Array, "2 E"] | None]:  # fmt: skip
     """What `Schedule.read` reads; and for each added piece, if it is a row's second, row and more.
 
     `entries` are those of each row's list of blocks of so many columns, which is walked so many
     times; below 0 they are no work. `extra` is what else its kernel wants to know of a row; with
-    `turned` the last of it are its entries, `INVALID` where a list of its head is not to be used.
+    `every` the last of it are its entries, `INVALID` where a list of its head is not to be used.
     The table is the number of added pieces, and then fields: of these pieces, and of each head's
     rows from the longest to the shortest. Of rows that are dealt beforehand it is
     `Schedule.hands`, of single ones a number that nobody reads.
@@ -44,14 +44,15 @@ def deal(
     per_unit = ROWS // block
     strip_rows = min(STRIP, -(-s.rows // (AT_ONCE * multiprocessors())))
     items, strips = s.extra + s.rows, -(-s.tiles // strip_rows)
-    counts = [_long_enough(x) for x in (entries, *([] if turned is None else [turned.count]))]
+    of_heads = () if every is None else every.counts
+    counts = [_long_enough(x) for x in (entries, *of_heads)]
     longest = max(counts[0].size, THREADS)
     chunk = min(CHUNK, longest // THREADS * THREADS)
     chunks = -(-longest // chunk)
 
     def kernel(*refs, smem, bar):
         one_by_one, refs = refs[0], list(refs)
-        entries, *by_column = _whole([refs.pop(0) for _ in counts], smem, bar)
+        entries, *others_of_head = _whole([refs.pop(0) for _ in counts], smem, bar)
         others = [refs.pop(0) for _ in extra]
         table, *splits = refs
         owner, strip = lax.axis_index("owner"), lax.axis_index("strip")
@@ -66,15 +67,11 @@ def deal(
 
         begin = owner * s.tiles
         own, here, of_head = _load_head(entries, owner, s.tiles)
-        own_entries, own = own, work_of(own)
-        good: Any = True
-        if turned is not None:
-            columns, of_columns = _load_head(by_column[0], owner, turned.count.shape[-1])[::2]
-            lists = (own_entries, of_head), (columns, of_columns)
-            good = sum(
-                jnp.where(unusable(count, width) & ours, 1, 0).sum()
-                for (count, ours), width in zip(lists, turned.widths, strict=True)
-            ) == 0  # fmt: skip
+        own, wrong = work_of(own), jnp.int32(0)
+        if every is not None:
+            for ref, like, width in zip(others_of_head, every.counts, every.widths, strict=True):
+                found, theirs = _load_head(ref, owner, like.shape[-1])[::2]
+                wrong += jnp.where(unusable(found, width) & theirs, 1, 0).sum()
 
         def put(index, *fields):
             for i, x in enumerate(fields):
@@ -89,8 +86,8 @@ def deal(
                 @pl.when(row < begin + s.tiles)
                 def _():
                     mine, fields = work_of(one_by_one[row]), [x[row] for x in others]
-                    if turned is not None:
-                        fields[-1] = jnp.where(good, fields[-1], INVALID)
+                    if every is not None:
+                        fields[-1] = jnp.where(wrong > 0, INVALID, fields[-1])
                     longer = (own > mine) | ((own == mine) & (here < row))
                     place = s.extra + begin + jnp.where(longer & of_head, 1, 0).sum()
                     if share is None:
@@ -123,13 +120,13 @@ def deal(
 
             return
 
-        every = lambda add, start: lax.fori_loop(0, chunks, add, start)
+        of_chunks = lambda add, start: lax.fori_loop(0, chunks, add, start)
 
         def of_chunk(i):
             x, place = _load(entries, i * chunk, chunk)
             return jnp.where(place >= i * chunk, work_of(x), 0), place
 
-        total = every(lambda i, total: total + of_chunk(i)[0].sum(), jnp.int32(0))
+        total = of_chunks(lambda i, total: total + of_chunk(i)[0].sum(), jnp.int32(0))
         # So that at most `extra` are added.
         share = jnp.maximum(LEAST, lax.div(total + (s.extra - 1), jnp.int32(s.extra)))
 
@@ -139,7 +136,7 @@ def deal(
             pieces = _pieces(work, share)
             return before + jnp.where(place < begin, pieces, 0).sum(), many + pieces.sum()
 
-        before, many = every(count, (jnp.int32(0), jnp.int32(0)))
+        before, many = of_chunks(count, (jnp.int32(0), jnp.int32(0)))
         rows_of(share, before)
 
         @pl.when(is_first)

@@ -32,16 +32,16 @@ class Lists:
     bits: Any
     q_ids: Any
     kv_ids: Any
-    turned: Any
+    every: Any
 
     @classmethod
-    def split(cls, refs, bits: bool, x: Problem, turned: bool = False):
+    def split(cls, refs, bits: bool, x: Problem, every: bool = False):
         """The lists, and the operands that follow them."""
         table, full, count, cols, *rest = refs
         bits_ref = rest.pop(0) if bits else None
         ids = (rest.pop(0), rest.pop(0)) if x.ids else (None, None)
-        by_column = rest.pop(0) if turned else None
-        return cls(table, full, count, cols, bits_ref, *ids, by_column), rest
+        of_heads = (rest.pop(0), rest.pop(0)) if every else None
+        return cls(table, full, count, cols, bits_ref, *ids, of_heads), rest
 
     def entries(self, count):
         """Entries of a list, below 0 if it has more than it can hold."""
@@ -116,13 +116,13 @@ class QueryTiles:
         """NaN if any list of the head of a team's only row is not to be used, else 0.
 
         Each list is read alone: what is asked of few rows alone is few reads, all in flight at once
-        while the first tiles arrive. `widths`: of `Turned`.
+        while the first tiles arrive. `widths`: of `Every`.
         """
-        s, lists = self.schedule, self.lists
+        s = self.schedule
         number = s.number(lax.axis_index("item"), team)
         owner = jnp.minimum(number, s.rows * s.copies - 1) // (s.copies * s.tiles)
         wrong = jnp.int32(0)
-        for counts, most in zip((lists.count, lists.turned), widths, strict=True):
+        for counts, most in zip(self.lists.every, widths, strict=True):
             for i in range(counts.shape[-1]):
                 wrong += jnp.where(unusable(counts[owner, i], most), 1, 0)
         return jnp.where(wrong > 0, jnp.nan, 0.0)

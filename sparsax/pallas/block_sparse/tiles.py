@@ -1,9 +1,9 @@
-"""What the kernels walk: block lists regrouped into row tiles.
+"""What the kernels walk: lists of row tiles.
 
 A kernel's unit of work is a *row tile*: `ROWS` consecutive rows (queries going forward and for
 dQ, keys for dK and dV), and the list of column blocks that any of them needs. Blocks of 128 rows
 are tiles already; smaller ones share a tile, which walks the union of their lists and knows by a
-bit mask which of its row blocks listed a column.
+bit mask which of its row blocks listed a column. `regroup.py` makes the ones of the others.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse.rules import PairRule
 
 ROWS = 128  # two warpgroups of 64 rows, the M of a Hopper matrix instruction
@@ -25,15 +24,15 @@ def unusable(count, width: int):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Turned:
-    """The same heads' lists by column, asked only whether they are valid.
+class Every:
+    """All lists of a pattern, asked only whether they are usable: a head is if all of its are.
 
     Attributes:
-        count: entries of each, `[A, J]`.
-        widths: the most entries that a list by row, and one by column, can hold.
+        counts: entries of each list by query `[A, I]`, and by key `[A, J]`.
+        widths: the most entries that one can hold, of each of these.
     """
 
-    count: Int[Array, "A J"]
+    counts: tuple[Int[Array, "A I"], Int[Array, "A J"]]
     widths: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
 
@@ -48,14 +47,14 @@ class TileLists:
         count: entries of the list, `[A, R]`; `unusable` where the pattern is not to be used.
         cols: column blocks `[P, R, C]`.
         bits: which row blocks of the tile list the column, `[P, R, C]`; None if it is always all.
-        turned: what else makes all of a head unusable; None where `count` says it row by row.
+        every: what else makes all of a head unusable; None where `count` says it row by row.
     """
 
     full: Int[Array, "A R"]
     count: Int[Array, "A R"]
     cols: Int[Array, "P R C"]
     bits: Int[Array, "P R C"] | None
-    turned: Turned | None = None
+    every: Every | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,67 +84,32 @@ class Bounds:
         tail = self.mask_tail and self.cols % block_col != 0
         return self.ids or tail or self.before is not None or self.after is not None
 
+    def meets(self, row, rows: int, col, cols: int):
+        """Whether any pair of so many rows and columns from these on attends, ids aside."""
+        last_row, last_col = self._ends(row, rows, col, cols)
+        found = col < self.cols
+        if self.before is not None:
+            found &= last_col - row >= -self.before
+        if self.after is not None:
+            found &= col - last_row <= self.after
+        return found
 
-def tile_lists(
-    counts: Int[Array, "P I"],
-    lists: Int[Array, "P I W"],
-    bounds: Bounds,
-    block_row: int,
-    block_col: int,
-) -> TileLists:
-    """Regroups the lists of row blocks into lists of row tiles.
+    def begins(self, row, rows: int, col):
+        """Whether no row of these has too many columns after that one to see it from its side."""
+        if self.before is None:
+            return col >= 0
+        last_row, _ = self._ends(row, rows, col, 1)
+        return col - last_row >= -self.before
 
-    Costs nothing where row blocks are tiles and no pair needs a mask; else a few scans over a
-    `[P, R, J]` array, J being the number of column blocks.
-    """
-    per_tile = ROWS // block_row
-    if per_tile == 1 and not bounds.partial(block_col):
-        return TileLists(counts, counts, lists, None)
+    def whole(self, row, rows: int, col, cols: int):
+        """Whether all pairs of rows and columns attend, ids aside."""
+        found = self.begins(row, rows, col)
+        if self.after is not None:
+            found &= self._ends(row, rows, col, cols)[1] - row <= self.after
+        if self.mask_tail:
+            found &= col + cols <= self.cols
+        return found
 
-    (heads, num_rows), num_cols = counts.shape, -(-bounds.cols // block_col)
-    tiles = -(-num_rows // per_tile)
-    used = jnp.arange(lists.shape[-1]) < counts[..., None]
-    p, i = jnp.arange(heads)[:, None, None], jnp.arange(num_rows)[:, None]
-    member = jnp.zeros((heads, num_rows, num_cols), bool)
-    member = member.at[p, i, jnp.where(used, lists, num_cols)].set(True, mode="drop")
-    ragged = ((0, 0), (0, tiles * per_tile - num_rows), (0, 0))
-    cut = lambda x, fill: jnp.pad(x, ragged[: x.ndim], constant_values=fill).reshape(
-        heads, tiles, per_tile, *x.shape[2:]
-    )
-    # A row block past the end lists nothing, yet must not make its tile partial.
-    present, all_rows = cut(member, False).any(2), cut(member, True).all(2)
-    shifts = jnp.arange(per_tile)[:, None]
-    bits = (cut(member, False).astype(jnp.int32) << shifts).sum(2)
-
-    slot = jnp.cumsum(present, -1) - 1
-    full = present & False
-    if not bounds.ids:
-        full = present & all_rows & _whole(bounds, tiles, num_cols, block_col)
-        at_front = jnp.cumsum(full, -1)
-        slot = jnp.where(full, at_front - 1, at_front[..., -1:] + slot - at_front)
-    slot = jnp.where(present, slot, num_cols)
-    index = p, jnp.arange(tiles)[:, None], slot
-    place = lambda x: jnp.zeros_like(bits).at[index].set(x, mode="drop")
-    invalid = cut(unusable(counts, lists.shape[-1]), False).any(2)
-    return TileLists(
-        jnp.where(invalid, 0, full.sum(-1)),
-        jnp.where(invalid, INVALID, present.sum(-1)),
-        place(jnp.arange(num_cols)),
-        place(bits) if per_tile > 1 else None,
-    )
-
-
-def _whole(bounds: Bounds, tiles: int, num_cols: int, block_col: int):
-    """`[R, C]`: True where all pairs of a row tile and a column block attend."""
-    first_row = ROWS * jnp.arange(tiles)[:, None]
-    last_row = jnp.minimum(first_row + ROWS, bounds.rows) - 1
-    first_col = block_col * jnp.arange(num_cols)
-    last_col = jnp.minimum(first_col + block_col, bounds.cols) - 1
-    whole = jnp.ones((tiles, num_cols), bool)
-    if bounds.before is not None:
-        whole &= first_col - last_row >= -bounds.before
-    if bounds.after is not None:
-        whole &= last_col - first_row <= bounds.after
-    if bounds.mask_tail:
-        whole &= first_col + block_col <= bounds.cols
-    return whole
+    def _ends(self, row, rows: int, col, cols: int):
+        """The last row and column that there are."""
+        return jnp.minimum(row + rows, self.rows) - 1, jnp.minimum(col + cols, self.cols) - 1
