@@ -4,12 +4,14 @@ Each step of it is a launch, which takes as long as a short attention kernel: so
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse.tiles import ROWS, Bounds, TileLists, unusable
 
 COMPARED = 2**25  # comparisons at most, about as long as the launches that they spare
+BROKEN = 1 << 8  # more than bits of row blocks
 
 
 def tile_shape(
@@ -36,6 +38,8 @@ def tile_lists(
         return _joined(counts, lists, bounds, block_row, block_col)
     if not bounds.partial(block_col):
         return TileLists(counts, counts, lists, None)
+    if bounds.by_ids_alone(block_col):
+        return TileLists(jnp.zeros(counts.shape, jnp.int32), counts, lists, None)
     return _ordered(counts, lists, bounds, block_col)
 
 
@@ -45,69 +49,93 @@ def _ordered(counts, lists, bounds: Bounds, block_col: int) -> TileLists:
     So its place in the list is known by how many entries are out of sight before it, and how many
     are seen in part.
     """
-    slots = jnp.arange(lists.shape[-1])
-    rows, cols = ROWS * jnp.arange(counts.shape[-1])[:, None], lists * block_col
-    used = slots < counts[..., None]
+    slots, width = jnp.arange(lists.shape[-1]), lists.shape[-1]
+    rows, cols = ROWS * np.arange(counts.shape[-1])[:, None], lists * block_col
+    broken = unusable(counts, width)[..., None]
+    used = (slots < counts[..., None]) & ~broken
     seen = used & bounds.meets(rows, ROWS, cols, block_col)
     begun = bounds.begins(rows, ROWS, cols)
     whole = seen & bounds.whole(rows, ROWS, cols, block_col) & (not bounds.ids)
-    number = lambda chosen: chosen.sum(-1, keepdims=True, dtype=jnp.int32)
-    full, count = number(whole), number(seen)
+    number = lambda chosen: chosen.sum(-1, dtype=jnp.int32)
+    full, count = number(whole), number(jnp.where(broken & (slots == 0), INVALID, seen))
     if bounds.before is not None:
-        early = number(seen & ~begun)
-        skipped = number(used & ~seen & ~begun)
-        place = slots + skipped
-        place += jnp.where(slots < full, early, jnp.where(slots < full + early, -full, 0))
-        place = jnp.minimum(place, lists.shape[-1] - 1)
+        of_whole, early = full[..., None], number(seen & ~begun)[..., None]
+        place = slots + number(used & ~seen & ~begun)[..., None]
+        place += jnp.where(
+            slots < of_whole, early, jnp.where(slots < of_whole + early, -of_whole, 0)
+        )
+        place = jnp.minimum(place, width - 1)
         lists = jnp.take_along_axis(lists, place, -1, mode="promise_in_bounds")
-    return _lists(unusable(counts, lists.shape[-1]), full[..., 0], count[..., 0], lists, None)
+    return TileLists(full, count, lists, None)
 
 
 def _joined(counts, lists, bounds: Bounds, block_row: int, block_col: int) -> TileLists:
     """Of tiles of several row blocks: the columns that any of these lists, in order."""
     (heads, num_rows), width, per_tile = counts.shape, lists.shape[-1], ROWS // block_row
     tiles, num_cols, _ = tile_shape(num_rows, width, bounds, block_row, block_col)
-    rows = block_row * jnp.arange(num_rows)[:, None]
+    few = heads * tiles * num_cols * (per_tile * width + 2 * num_cols) <= COMPARED
+    find, order = (_compared_bits, _compared) if few else (_scattered_bits, _scattered)
+
+    rows = block_row * np.arange(num_rows)[:, None]
     used = jnp.arange(width) < counts[..., None]
     used &= bounds.meets(rows, block_row, lists * block_col, block_col)
-    lists = jnp.where(used, lists, num_cols)
-    ragged = ((0, 0), (0, tiles * per_tile - num_rows), (0, 0))
-    cut = lambda x, fill: jnp.pad(x, ragged[: x.ndim], constant_values=fill).reshape(
-        heads, tiles, per_tile, *x.shape[2:]
-    )
-    columns, shifts = jnp.arange(num_cols), jnp.arange(per_tile)
-    few = heads * tiles * num_cols * (per_tile * width + 2 * num_cols) <= COMPARED
-    if few:
-        named = cut(lists, num_cols)[:, :, None] == columns[:, None, None]  # P R C rows W
-        bits = jnp.where(named, 1 << shifts[:, None], 0).sum((-2, -1))
-    else:
-        p, i = jnp.arange(heads)[:, None, None], jnp.arange(num_rows)[:, None]
-        member = jnp.zeros((heads, num_rows, num_cols), bool).at[p, i, lists].set(True, mode="drop")
-        bits = (cut(member, False).astype(jnp.int32) << shifts[:, None]).sum(2)
-    present = bits > 0
+    lists = jnp.where(used, lists, num_cols)  # none of the columns
+    marks = find(_of_tiles(unusable(counts, width), tiles, False),
+                 _of_tiles(lists, tiles, num_cols), num_cols)  # fmt: skip
+    broken, bits, columns = marks >= BROKEN, marks % BROKEN, np.arange(num_cols)
+    present = (bits > 0) & ~broken
     # A row block past the end lists nothing, yet must not make its tile partial.
-    there = (jnp.arange(tiles * per_tile) < num_rows).reshape(tiles, per_tile)
-    everyone = jnp.where(there, 1 << shifts, 0).sum(-1)[:, None]
-    whole = bounds.whole(ROWS * jnp.arange(tiles)[:, None], ROWS, columns * block_col, block_col)
+    there = (np.arange(tiles * per_tile) < num_rows).reshape(tiles, per_tile)
+    everyone = (there << np.arange(per_tile)).sum(-1)[:, None]
+    whole = bounds.whole(ROWS * np.arange(tiles)[:, None], ROWS, columns * block_col, block_col)
     full = present & (bits == everyone) & whole & (not bounds.ids)
+    count = jnp.where(broken & (columns == 0), INVALID, present)
+    return TileLists(full.sum(-1), count.sum(-1), *order(full, present, columns, bits))
+
+
+def _of_tiles(x, tiles: int, fill):
+    """What belongs to row blocks `[P, I, ...]` by row tile, `[P, R, row blocks, ...]`."""
+    per_tile = -(-x.shape[1] // tiles)
+    more = (0, tiles * per_tile - x.shape[1]), *((0, 0),) * (x.ndim - 2)
+    x = jnp.pad(x, ((0, 0), *more), constant_values=fill)
+    return x.reshape(len(x), tiles, per_tile, *x.shape[2:])
+
+
+# Which row blocks list a column, as bits `[P, R, C]`, `BROKEN` where a list is not usable; and the
+# columns and their bits, whole ones first: by comparing all with all, and by scatters and scans.
+
+
+def _compared_bits(broken, lists, num_cols: int):
+    rows = jnp.arange(lists.shape[2])[:, None]
+    named = lists[:, :, None] == jnp.arange(num_cols)[:, None, None]  # P R C rows W
+    first = jnp.arange(lists.shape[-1]) == 0
+    marks = jnp.where(named, 1 << rows, 0)
+    marks += jnp.where(broken[:, :, None, :, None] & first, BROKEN, 0)
+    return marks.sum((-2, -1))
+
+
+def _scattered_bits(broken, lists, num_cols: int):
+    heads, tiles, rows = (np.arange(size) for size in lists.shape[:3])
+    p, r, i = (x[..., None] for x in np.ix_(heads, tiles, rows))
+    member = jnp.zeros((*lists.shape[:3], num_cols), bool).at[p, r, i, lists].set(True, mode="drop")
+    bits = (member.astype(jnp.int32) << jnp.arange(lists.shape[2])[:, None]).sum(2)
+    return bits + jnp.where(broken.any(2), BROKEN, 0)[..., None]
+
+
+def _compared(full, present, columns, bits):
     kind = jnp.where(full, 0, jnp.where(present, 1, 2))
-    if few:
-        mine, other = kind[..., None], kind[..., None, :]
-        before = (other < mine) | ((other == mine) & (columns < columns[:, None]))
-        slot = before.sum(-1)
-        chosen = (slot[..., None, :] == columns[:, None]) & present[..., None, :]
-        place = lambda x: jnp.where(chosen, x[..., None, :], 0).sum(-1)
-    else:
-        at_front = jnp.cumsum(full, -1)
-        slot = jnp.where(full, at_front, at_front[..., -1:] + jnp.cumsum(present, -1) - at_front)
-        slot = jnp.where(present, slot - 1, num_cols)
-        index = jnp.arange(heads)[:, None, None], jnp.arange(tiles)[:, None], slot
-        place = lambda x: jnp.zeros_like(bits).at[index].set(x, mode="drop")
-    return _lists(
-        cut(unusable(counts, width), False).any(2), full.sum(-1), present.sum(-1),
-        place(jnp.broadcast_to(columns, bits.shape)), place(bits),
-    )  # fmt: skip
+    mine, other = kind[..., None], kind[..., None, :]
+    slot = ((other < mine) | ((other == mine) & (columns < columns[:, None]))).sum(-1)
+    chosen = (slot[..., None, :] == columns[:, None]) & present[..., None, :]
+    place = lambda x: jnp.where(chosen, x, 0).sum(-1)
+    return place(columns), place(bits[..., None, :])
 
 
-def _lists(invalid, full, count, cols, bits) -> TileLists:
-    return TileLists(jnp.where(invalid, 0, full), jnp.where(invalid, INVALID, count), cols, bits)
+def _scattered(full, present, columns, bits):
+    at_front = jnp.cumsum(full, -1)
+    slot = jnp.where(full, at_front, at_front[..., -1:] + jnp.cumsum(present, -1) - at_front)
+    slot = jnp.where(present, slot - 1, len(columns))
+    heads, tiles = bits.shape[:2]
+    index = jnp.arange(heads)[:, None, None], jnp.arange(tiles)[:, None], slot
+    place = lambda x: jnp.zeros_like(bits).at[index].set(x, mode="drop")
+    return place(columns), place(bits)

@@ -81,8 +81,15 @@ class Bounds:
 
     def partial(self, block_col: int) -> bool:
         """Whether any pair of blocks may need a mask at all."""
+        return self.ids or self._by_position(block_col)
+
+    def by_ids_alone(self, block_col: int) -> bool:
+        """Whether all pairs of blocks need a mask, of ids and nothing else."""
+        return self.ids and not self._by_position(block_col)
+
+    def _by_position(self, block_col: int) -> bool:
         tail = self.mask_tail and self.cols % block_col != 0
-        return self.ids or tail or self.before is not None or self.after is not None
+        return tail or self.before is not None or self.after is not None
 
     def meets(self, row, rows: int, col, cols: int):
         """Whether any pair of so many rows and columns from these on attends, ids aside."""
