@@ -56,11 +56,10 @@ def _ordered(counts, lists, bounds: Bounds, block_col: int) -> TileLists:
     seen = used & bounds.meets(rows, ROWS, cols, block_col)
     begun = bounds.begins(rows, ROWS, cols)
     whole = seen & bounds.whole(rows, ROWS, cols, block_col) & (not bounds.ids)
-    number = lambda chosen: chosen.sum(-1, dtype=jnp.int32)
-    full, count = number(whole), number(jnp.where(broken & (slots == 0), INVALID, seen))
+    full, count = _sum(whole), _sum(jnp.where(broken & (slots == 0), INVALID, seen))
     if bounds.before is not None:
-        of_whole, early = full[..., None], number(seen & ~begun)[..., None]
-        place = slots + number(used & ~seen & ~begun)[..., None]
+        of_whole, early = full[..., None], _sum(seen & ~begun)[..., None]
+        place = slots + _sum(used & ~seen & ~begun)[..., None]
         place += jnp.where(
             slots < of_whole, early, jnp.where(slots < of_whole + early, -of_whole, 0)
         )
@@ -80,9 +79,9 @@ def _joined(counts, lists, bounds: Bounds, block_row: int, block_col: int) -> Ti
     used = jnp.arange(width) < counts[..., None]
     used &= bounds.meets(rows, block_row, lists * block_col, block_col)
     lists = jnp.where(used, lists, num_cols)  # none of the columns
-    marks = find(_of_tiles(unusable(counts, width), tiles, False),
-                 _of_tiles(lists, tiles, num_cols), num_cols)  # fmt: skip
-    broken, bits, columns = marks >= BROKEN, marks % BROKEN, np.arange(num_cols)
+    of_tiles = lambda x, fill: _grouped(x, per_tile, fill)
+    marks = find(of_tiles(unusable(counts, width), False), of_tiles(lists, num_cols), num_cols)
+    broken, bits, columns = marks >= BROKEN, marks % BROKEN, np.arange(num_cols, dtype=np.int32)
     present = (bits > 0) & ~broken
     # A row block past the end lists nothing, yet must not make its tile partial.
     there = (np.arange(tiles * per_tile) < num_rows).reshape(tiles, per_tile)
@@ -90,15 +89,18 @@ def _joined(counts, lists, bounds: Bounds, block_row: int, block_col: int) -> Ti
     whole = bounds.whole(ROWS * np.arange(tiles)[:, None], ROWS, columns * block_col, block_col)
     full = present & (bits == everyone) & whole & (not bounds.ids)
     count = jnp.where(broken & (columns == 0), INVALID, present)
-    return TileLists(full.sum(-1), count.sum(-1), *order(full, present, columns, bits))
+    return TileLists(_sum(full), _sum(count), *order(full, present, columns, bits))
 
 
-def _of_tiles(x, tiles: int, fill):
-    """What belongs to row blocks `[P, I, ...]` by row tile, `[P, R, row blocks, ...]`."""
-    per_tile = -(-x.shape[1] // tiles)
-    more = (0, tiles * per_tile - x.shape[1]), *((0, 0),) * (x.ndim - 2)
-    x = jnp.pad(x, ((0, 0), *more), constant_values=fill)
-    return x.reshape(len(x), tiles, per_tile, *x.shape[2:])
+def _sum(x):
+    return x.sum(-1, dtype=jnp.int32)
+
+
+def _grouped(x, per_tile: int, fill):
+    """What belongs to row blocks `[P, I, ...]` by row tile, `[P, R, per tile, ...]`."""
+    widths = (0, 0), (0, -x.shape[1] % per_tile), *((0, 0),) * (x.ndim - 2)
+    x = jnp.pad(x, widths, constant_values=fill)
+    return x.reshape(len(x), -1, per_tile, *x.shape[2:])
 
 
 # Which row blocks list a column, as bits `[P, R, C]`, `BROKEN` where a list is not usable; and the
@@ -111,23 +113,23 @@ def _compared_bits(broken, lists, num_cols: int):
     first = jnp.arange(lists.shape[-1]) == 0
     marks = jnp.where(named, 1 << rows, 0)
     marks += jnp.where(broken[:, :, None, :, None] & first, BROKEN, 0)
-    return marks.sum((-2, -1))
+    return marks.sum((-2, -1), dtype=jnp.int32)
 
 
 def _scattered_bits(broken, lists, num_cols: int):
     heads, tiles, rows = (np.arange(size) for size in lists.shape[:3])
     p, r, i = (x[..., None] for x in np.ix_(heads, tiles, rows))
     member = jnp.zeros((*lists.shape[:3], num_cols), bool).at[p, r, i, lists].set(True, mode="drop")
-    bits = (member.astype(jnp.int32) << jnp.arange(lists.shape[2])[:, None]).sum(2)
+    bits = (member.astype(jnp.int32) << jnp.arange(lists.shape[2])[:, None]).sum(2, dtype=jnp.int32)
     return bits + jnp.where(broken.any(2), BROKEN, 0)[..., None]
 
 
 def _compared(full, present, columns, bits):
     kind = jnp.where(full, 0, jnp.where(present, 1, 2))
     mine, other = kind[..., None], kind[..., None, :]
-    slot = ((other < mine) | ((other == mine) & (columns < columns[:, None]))).sum(-1)
+    slot = _sum((other < mine) | ((other == mine) & (columns < columns[:, None])))
     chosen = (slot[..., None, :] == columns[:, None]) & present[..., None, :]
-    place = lambda x: jnp.where(chosen, x, 0).sum(-1)
+    place = lambda x: _sum(jnp.where(chosen, x, 0))
     return place(columns), place(bits[..., None, :])
 
 
