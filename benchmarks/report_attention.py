@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 
 import kernel_waits
+import launch_tables
 import numpy as np
 from gpu import BLOCK
 from harness import RESULTS
@@ -254,6 +255,13 @@ def main() -> None:
             "## What the kernels wait for",
             origin("profile_gpu", profile), kernel_waits.TEXT,
             kernel_waits.waits(profile["rows"]), kernel_waits.SAID,
+        ]  # fmt: skip
+    counted, before = (read(x, args.results.parent) for x in ("launches", "launches_before"))
+    if counted and before:
+        text += [
+            "## Launches", origin("launches", counted),
+            launch_tables.TEXT.format(commit=before["commit"][:7]),
+            launch_tables.launches(counted, before),
         ]  # fmt: skip
     if beside := read("profile_flash4", args.results.parent):
         text += [

@@ -27,8 +27,8 @@ def admitted(c, keys_in_rows):
         return lists, keys.places, (keys.slots, keys.row_slots), pattern.to_mask()
 
     lists, *rest = read(pattern)
-    full, count, cols, bits = (None if a is None else np.asarray(a) for a in jax.tree.leaves(
-        lists, is_leaf=lambda a: a is None))  # fmt: skip
+    full, count, cols = map(np.asarray, (lists.full, lists.count, lists.cols))
+    bits = None if lists.bits is None else np.asarray(lists.bits)
     places, at, mask = jax.tree.map(np.asarray, rest)
     bounds = x.kv_bounds if keys_in_rows else x.q_bounds
     block_row, block_col = (x.block_kv, x.block_q) if keys_in_rows else (x.block_q, x.block_kv)

@@ -175,11 +175,13 @@ def deal(
 def _long_enough(numbers):
     """Numbers `[A, n]` of heads behind each other, with zeros, as far as `_load_head` needs any.
 
-    Fewer than threads are as they are: `_whole` has zeros for them, and padding costs a launch.
+    Fewer than threads are as they are: `_whole` has zeros for them, and padding costs a launch. But
+    copies need lines of whole 16 bytes, which vmap makes of them.
     """
     size = -(-numbers.shape[-1] // THREADS) * THREADS
-    more = size - numbers.size if numbers.size > THREADS else 0
-    return jnp.pad(numbers.reshape(-1), (0, more)) if more > 0 else numbers.reshape(-1)
+    if numbers.size >= size or (numbers.size < THREADS and numbers.size % 4 == 0):
+        return numbers.reshape(-1)
+    return jnp.pad(numbers.reshape(-1), (0, size - numbers.size))
 
 
 def _whole(vectors, smem, bar):
