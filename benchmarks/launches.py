@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, nargs="+", default=[64])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--name", default="launches", help="of the file of results")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where it goes")
     args = parser.parse_args()
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGET.read_text(), topology="1x1x1"
@@ -98,7 +99,7 @@ def main() -> None:
             f"{case:22s} {length:6d} {features:4d} | forward {row['forward']:3d} of which ours "
             f"{row['forward_kernels']} | both {row['both']:3d}, {row['both_kernels']}"
         )
-    print(save(args.name, rows, RESULTS))
+    print(save(args.name, rows, args.folder))
 
 
 if __name__ == "__main__":

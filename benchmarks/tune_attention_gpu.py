@@ -123,14 +123,14 @@ def block_passes(chosen: Config):
 
     @jax.jit
     def forward(q, k, v, by_rows, by_columns, ids):
-        return attention.forward(q, k, v, *by_rows, ids, ids, **options(q, ids))
+        return attention.forward(q, k, v, *by_rows, *by_columns, ids, ids, **options(q, ids))
 
     @jax.jit
-    def backward(q, k, v, do, o, lse, by_rows, by_columns, ids):
+    def backward(q, k, v, do, o, saved, by_rows, by_columns, ids):
+        dlse = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
         return attention.backward(
-            q, k, v, o, lse, do, jnp.zeros_like(lse), *by_rows, *by_columns, ids, ids,
-            **options(q, ids),
-        )  # fmt: skip
+            q, k, v, o, saved, do, dlse, *by_rows, *by_columns, ids, ids, **options(q, ids)
+        )
 
     return forward, backward
 
@@ -145,8 +145,8 @@ def compound_passes(chosen: Config):
         return compound.forward(q, k, v, own, pattern, **options(q))
 
     @jax.jit
-    def backward(q, k, v, do, o, lse, pattern):
-        return compound.backward(q, k, v, own, o, lse, do, pattern, **options(q))
+    def backward(q, k, v, do, o, saved, pattern):
+        return compound.backward(q, k, v, own, o, saved, do, pattern, **options(q))
 
     return forward, backward
 
@@ -185,7 +185,10 @@ def of_kernel(name: str, times: dict[str, float]) -> float:
 
 
 def assert_alike(got, want, tiling) -> None:
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    # Tables of rows that are dealt out are no results, and not all of them is written.
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    floats = lambda tree: filter(is_float, jax.tree.leaves(tree))
+    for x, y in zip(floats(got), floats(want), strict=True):
         x, y = (np.asarray(a, np.float32) for a in (x, y))
         there = np.isfinite(y)  # lse of what attends to nothing is not
         error = np.linalg.norm(x[there] - y[there]) / np.linalg.norm(y[there])
