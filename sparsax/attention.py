@@ -95,7 +95,7 @@ def block_sparse_attention(
         `o [B, T, N, H]` in q's dtype, and with `return_lse` also `lse [B, T, N]` in float32. A
         query that keeps no key has o = 0 and zero gradients (and lse = -inf for "drop"). Under
         jit, a head whose pattern is not `valid()` is NaN throughout, and so are its gradients, at
-        least of all that its lists name.
+        least of all pairs that its lists name and that the masks admit.
 
     Raises:
         ValueError: shapes, dtypes, lengths, pattern or a name are wrong.

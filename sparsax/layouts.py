@@ -38,9 +38,11 @@ class BlockPattern:
     Attributes:
         kv_num_blocks: listed key blocks of each query block, int32 `[*L, P, I]`. A count below 0
             or above the capacity W marks a head whose attention is NaN.
-        kv_indices: their indices, ascending, int32 `[*L, P, I, W]`; past the count: unspecified.
+        kv_indices: their indices, int32 `[*L, P, I, W]`, strictly ascending (attention relies on
+            it); past the count: unspecified.
         q_num_blocks: listed query blocks of each key block, int32 `[*L, P, J]`.
-        q_indices: their indices, ascending, int32 `[*L, P, J, V]`; past the count: unspecified.
+        q_indices: their indices, int32 `[*L, P, J, V]`, strictly ascending; past the count:
+            unspecified.
         q_len: number of queries T; the last block may be ragged.
         kv_len: number of keys S; the last block may be ragged.
         block_q: queries in a block.

@@ -191,13 +191,13 @@ def _attend(call: _Call, q, k, v, *choice):
 
 
 def _forward(call, q, k, v, *choice):
-    o, lse = call.functions[0](q, k, v, *choice)
-    return o, (q, k, v, o, lse, choice)
+    o, saved = call.functions[0](q, k, v, *choice)  # the log-sum-exps, in a form of its own
+    return o, (q, k, v, o, saved, choice)
 
 
 def _backward(call, residuals, do):
-    q, k, v, o, lse, choice = residuals
-    gradients = call.functions[1](q, k, v, o, lse, do, *choice)
+    q, k, v, o, saved, choice = residuals
+    gradients = call.functions[1](q, k, v, o, saved, do, *choice)
     return *gradients, *(None for _ in choice)
 
 

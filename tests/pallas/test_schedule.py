@@ -27,22 +27,29 @@ from sparsax.pallas.block_sparse.tiles import ROWS, Bounds
 from sparsax.pallas.hopper import multiprocessors
 
 
-@pytest.mark.parametrize(("block_q", "block_kv"), list(itertools.product((32, 64, 128), repeat=2)))
+@pytest.mark.parametrize("block_kv", [32, 128])
+@pytest.mark.parametrize("block_q", [32, 64, 128])
 @pytest.mark.parametrize(
     ("before", "after"), [(None, None), (None, 0), (0, None), (150, 40), (20, 0)]
 )
-@pytest.mark.parametrize(("compared", "q_len"), [(0, 150), (regroup.COMPARED, 450)])
+@pytest.mark.parametrize(
+    ("compared", "q_len", "mask_tail", "ids", "width"),
+    [(0, 150, True, False, None), (regroup.COMPARED, 450, True, False, None),
+     (0, 150, False, False, 3), (regroup.COMPARED, 150, False, True, 3)],
+)  # fmt: skip
 def test_tiles_list_what_their_rows_see_and_know_what_needs_no_mask(
-    block_q, block_kv, before, after, compared, q_len, monkeypatch
+    block_q, block_kv, before, after, compared, q_len, mask_tail, ids, width, monkeypatch
 ):
     monkeypatch.setattr(regroup, "COMPARED", compared)
     kv_len, heads = 330, 2
     rng = np.random.default_rng(block_q + block_kv)
     blocks = rng.random((heads, -(-q_len // block_q), -(-kv_len // block_kv))) < 0.6
+    if width is not None:
+        blocks &= np.cumsum(blocks, -1) <= width
     pattern = sparsax.BlockPattern.from_block_mask(
-        blocks, q_len=q_len, block_q=block_q, kv_len=kv_len, block_kv=block_kv
+        blocks, q_len=q_len, block_q=block_q, kv_len=kv_len, block_kv=block_kv, kv_width=width
     )
-    bounds = Bounds(q_len, kv_len, before, after, mask_tail=True, ids=False)
+    bounds = Bounds(q_len, kv_len, before, after, mask_tail, ids=ids)
     lists = tile_lists(pattern.kv_num_blocks, pattern.kv_indices, bounds, block_q, block_kv)
     gap = np.arange(kv_len) - np.arange(q_len)[:, None]
     attend = np.asarray(pattern.to_mask()).copy()
@@ -60,19 +67,41 @@ def test_tiles_list_what_their_rows_see_and_know_what_needs_no_mask(
         assert sorted(cols) == np.flatnonzero(rows.any(0)).tolist()
         for slot, col in enumerate(cols):
             pairs = attend[p, r * ROWS : (r + 1) * ROWS, col * block_kv : (col + 1) * block_kv]
-            whole = pairs.all() and (col + 1) * block_kv <= kv_len
+            tail = mask_tail and (col + 1) * block_kv > kv_len
+            whole = pairs.all() and not tail and not ids
             assert (slot < full) == whole
             if lists.bits is not None:
                 bits = int(lists.bits[p, r, slot])
                 assert [bits >> i & 1 for i in range(len(rows))] == rows[:, col].tolist()
 
 
-def test_an_invalid_row_block_makes_its_tile_invalid():
-    counts, lists = jnp.array([[2, 1, INVALID, 1]]), jnp.array([[[0, 1]] * 4])
+@pytest.mark.parametrize("compared", [0, regroup.COMPARED])
+@pytest.mark.parametrize("wrong", [INVALID, 3, 2**31 - 1])
+def test_an_unusable_list_makes_its_tile_invalid(wrong, compared, monkeypatch):
+    monkeypatch.setattr(regroup, "COMPARED", compared)
+    counts, lists = jnp.array([[2, 1, wrong, 1]]), jnp.array([[[0, 1]] * 4])
     bounds = Bounds(256, 128, None, None, mask_tail=True, ids=False)
     tiles = tile_lists(counts, lists, bounds, 64, 64)
     assert tiles.count.tolist() == [[2, INVALID]]
     assert tiles.full.tolist() == [[1, 0]]
+    # And where a row block is a tile: the second of four, all of which see what comes before them.
+    tiles = tile_lists(
+        counts[:, 1:], lists[:, 1:], Bounds(384, 256, None, 0, True, False), 128, 128
+    )
+    assert tiles.count.tolist() == [[1, INVALID, 1]]
+    assert tiles.full.tolist() == [[0, 0, 1]]
+
+
+def test_counts_beyond_all_capacity_are_dealt_as_the_longest_rows():
+    """Or a row would be cut into more pieces than there is room for, and written past the end."""
+    work = np.random.default_rng(0).integers(0, 40, (2, 21)).astype(np.int32)
+    plan = Schedule(2, 21, copies=1, longest=64)
+    wild = work.copy()
+    wild[0, 3], wild[0, 7], wild[1, 0], wild[1, 20] = 2**31 - 1, 2**30, -(2**31), 65
+    tame = np.clip(wild, 0, 64)
+    assert plan.extra > 0
+    for found, want in zip(table_of(plan, wild), table_of(plan, tame), strict=True):
+        np.testing.assert_array_equal(found, want)
 
 
 def table_of(plan, work, *extra):

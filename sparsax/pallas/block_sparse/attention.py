@@ -34,9 +34,10 @@ class Saved(NamedTuple):
 
     Attributes:
         lse: `[B, N, T']` in units of log 2 and infinite for a row that keeps nothing; T' are all
-            positions, padded to row tiles.
-        dealt: the table of the rows that dQ walks as well, and of those that are split; None where
-            they are not dealt out by their lists.
+            positions, padded to row tiles. Of the queries past the end, which are zeros, it is
+            infinite or at least 0: their probabilities are at most 1, and meet cotangents of 0.
+        dealt: the table of the rows that dQ walks as well, and of those that are split, whose
+            unused places are not written; None where rows are not dealt out by their lists.
     """
 
     lse: Any

@@ -46,9 +46,9 @@ def deal(
     items, strips = s.extra + s.rows, -(-s.tiles // strip_rows)
     of_heads = () if every is None else every.counts
     counts = [_long_enough(x) for x in (entries, *of_heads)]
-    longest = max(counts[0].size, THREADS)
-    chunk = min(CHUNK, longest // THREADS * THREADS)
-    chunks = -(-longest // chunk)
+    numbers = max(counts[0].size, THREADS)
+    chunk = min(CHUNK, numbers // THREADS * THREADS)
+    chunks = -(-numbers // chunk)
 
     def kernel(*refs, smem, bar):
         one_by_one, refs = refs[0], list(refs)
@@ -124,7 +124,7 @@ def deal(
 
         def of_chunk(i):
             x, place = _load(entries, i * chunk, chunk)
-            return jnp.where(place >= i * chunk, work_of(x), 0), place
+            return jnp.where((place >= i * chunk) & (place < s.rows), work_of(x), 0), place
 
         total = of_chunks(lambda i, total: total + of_chunk(i)[0].sum(), jnp.int32(0))
         # So that at most `extra` are added.

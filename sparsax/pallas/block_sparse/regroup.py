@@ -111,9 +111,9 @@ def _compared_bits(broken, lists, num_cols: int):
     rows = jnp.arange(lists.shape[2])[:, None]
     named = lists[:, :, None] == jnp.arange(num_cols)[:, None, None]  # P R C rows W
     first = jnp.arange(lists.shape[-1]) == 0
-    marks = jnp.where(named, 1 << rows, 0)
-    marks += jnp.where(broken[:, :, None, :, None] & first, BROKEN, 0)
-    return marks.sum((-2, -1), dtype=jnp.int32)
+    marks = jnp.where(named, jnp.int32(1) << rows, 0)
+    marks |= jnp.where(broken[:, :, None, :, None] & first, BROKEN, 0)
+    return jnp.bitwise_or.reduce(marks.reshape(*marks.shape[:3], -1), axis=-1)
 
 
 def _scattered_bits(broken, lists, num_cols: int):

@@ -3,7 +3,7 @@
 A kernel's unit of work is a *row tile*: `ROWS` consecutive rows (queries going forward and for
 dQ, keys for dK and dV), and the list of column blocks that any of them needs. Blocks of 128 rows
 are tiles already; smaller ones share a tile, which walks the union of their lists and knows by a
-bit mask which of its row blocks listed a column. `regroup.py` makes the ones of the others.
+bit mask which of its row blocks listed a column (`regroup.py`).
 """
 
 import dataclasses

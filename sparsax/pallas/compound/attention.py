@@ -34,7 +34,7 @@ def refusal(q, pattern: CompoundPattern) -> str | None:
 class Saved(NamedTuple):
     """What the backward pass wants of the forward pass."""
 
-    lists: SavedOfLists | None  # of queries, and of global rows behind them; None without blocks
+    lists: SavedOfLists | None  # of queries, and of global rows behind them; None: no pair
     brought: Any  # q of global rows, k and v of packed keys; as far as there are any
 
 
