@@ -60,7 +60,7 @@ def test_tiles_list_what_their_rows_see_and_know_what_needs_no_mask(
     seen = np.pad(attend, widths).reshape(heads, blocks.shape[1], block_q, -1, block_kv)
     seen = seen.any((2, 4))
     for p, r in np.ndindex(*lists.count.shape):
-        count, full = int(lists.count[p, r]), int(lists.full[p, r])
+        count, full = int(lists.count[p, r]), 0 if lists.full is None else int(lists.full[p, r])
         cols = np.asarray(lists.cols[p, r, :count])
         rows = seen[p, r * per_tile : (r + 1) * per_tile]
         assert [*sorted(cols[:full]), *sorted(cols[full:])] == cols.tolist()

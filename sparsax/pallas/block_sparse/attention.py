@@ -111,14 +111,13 @@ def _run_forward(
 ):  # fmt: skip
     teams = config.forward.teams
     schedule, table, splits = _of_queries(problem, lists, expected, interpret, teams)
-    asked = lists.every if schedule.single else None
+    if not schedule.single:  # what deals the rows out has looked through all lists
+        lists = dataclasses.replace(lists, every=None)
     kernel = forward_kernel(
-        problem, schedule, lists.bits is not None, **config.forward.keywords,
-        every=asked and asked.widths, interpret=interpret,
-    )  # fmt: skip
+        problem, schedule, lists.given, **config.forward.keywords, interpret=interpret
+    )
     arrays = [_copyable(x) for x in (*q, *k, *v)]
-    of_heads = () if asked is None else asked.counts
-    results = kernel(*_operands(lists, table, ids), *of_heads, *arrays)
+    results = kernel(*_operands(lists, table, ids), *arrays)
     o, lse, parts = results[: len(q)], results[len(q)], results[len(q) + 1 :]
     if parts:
         (o,), lse = combine(
@@ -182,9 +181,7 @@ def _run_backward(
     schedule, table, splits = _of_queries(
         problem, by_query, expected[0], interpret, dealt=saved.dealt
     )
-    kernel = dq_kernel(
-        problem, schedule, by_query.bits is not None, **config.dq.keywords, interpret=interpret
-    )
+    kernel = dq_kernel(problem, schedule, by_query.given, **config.dq.keywords, interpret=interpret)
     results = kernel(*_operands(by_query, table, ids), *arrays)
     dq, parts = results[: len(q)], results[len(q) :]
     if parts:
@@ -222,7 +219,7 @@ def _of_keys(
     found = []
     for features in [(0, 128), (128, 256)] if problem.H == 256 else [None]:
         kernel = dkv_kernel(
-            problem, schedule, lists.bits is not None, **tiling.keywords, features=features,
+            problem, schedule, lists.given, **tiling.keywords, features=features,
             interpret=interpret,
         )  # fmt: skip
         results = kernel(*operands)
@@ -247,7 +244,7 @@ def _of_queries(
     schedule = _schedule(problem, rows, width, expected, teams)
     if dealt is not None:
         return schedule, *dealt
-    extra = lists.full, lists.count
+    extra = (lists.count,) if lists.full is None else (lists.full, lists.count)
     table, splits = deal(
         schedule, lists.count, *extra, block=problem.block_kv, every=lists.every,
         interpret=interpret,
@@ -306,8 +303,8 @@ def _behind(vectors, fill: float):
 
 
 def _operands(lists, table, ids):
-    operands = [table, lists.full, lists.count, lists.cols]
-    operands += [] if lists.bits is None else [lists.bits]
+    arrays = lists.full, lists.count, lists.cols, lists.bits
+    operands = [table, *(x for x in arrays if x is not None)]
     of_queries, of_keys = ids
     if of_queries is not None:
         if of_keys.ndim == 2:
@@ -316,7 +313,7 @@ def _operands(lists, table, ids):
             of_queries = _padded(of_queries, -2, 0)[:, None, None]
             of_keys = _padded(of_keys, -3, ROWS)[:, None, None]
         operands += [of_queries, of_keys]
-    return operands
+    return operands if lists.every is None else [*operands, *lists.every.counts]
 
 
 def _padded(ids, fill: int, more: int):

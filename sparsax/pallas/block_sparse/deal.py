@@ -188,8 +188,9 @@ def _whole(vectors, smem, bar):
     """References to vectors of as many numbers as threads or more; copies end with zeros."""
     short = [i for i, x in enumerate(vectors) if x.shape[0] < THREADS]
     found = list(vectors)
+    begin = 0 * lax.axis_index("owner")  # JAX refuses slices that it sees to be too long
     for place, i in enumerate(short):
-        plgpu.copy_gmem_to_smem(vectors[i].at[pl.ds(0, THREADS)], smem.at[place], bar)
+        plgpu.copy_gmem_to_smem(vectors[i].at[pl.ds(begin, THREADS)], smem.at[place], bar)
         found[i] = smem.at[place]
     if short:
         plgpu.barrier_wait(bar)

@@ -20,7 +20,7 @@ from sparsax.pallas.block_sparse.problem import Columns, Problem
 from sparsax.pallas.block_sparse.rows import Lists
 from sparsax.pallas.block_sparse.schedule import Item, Schedule, part_types, units
 from sparsax.pallas.block_sparse.segments import Segments, split
-from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.block_sparse.tiles import ROWS, Given
 from sparsax.pallas.hopper import (
     COL,
     COMPUTE,
@@ -55,7 +55,7 @@ class _HeadWalk:
 def dkv_kernel(
     x: Problem,
     schedule: Schedule,
-    bits: bool,
+    given: Given,
     *,
     tile: int,
     stages: int,
@@ -66,7 +66,7 @@ def dkv_kernel(
     interpret,
     features: tuple[int, int] | None = None,
 ):
-    """A function of `(table, full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
+    """A function of `(table, [full], count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
 
     lse and delta are as for dQ. It returns `*dk, *dv [B, S, K, H]`, or the given range of their
     features alone where registers cannot hold all of them, and float32 sums of the parts of split
@@ -74,7 +74,7 @@ def dkv_kernel(
     """
     columns, cores = Columns(x.block_q, tile, x.kv_bounds), TensorCores(interpret is not None)
     low, high = features or (0, x.H)
-    masked, gain = columns.masked(bits), x.scale * LOG2E
+    masked, gain = columns.masked(given.bits), x.scale * LOG2E
     # Of one sample; samples are told apart by the owner if it is one of theirs, else by the copy.
     owners, group = schedule.owners // x.samples, x.N // x.K
     sharing = x.K // owners
@@ -82,7 +82,7 @@ def dkv_kernel(
     def kernel(*refs, k_smem, v_smem, q_smem, do_smem, vectors_smem, ids_smem, out_smem,
                kv_bars, bars, turn_bars):  # fmt: skip
         lse_smem, delta_smem = (vectors_smem.at[i] for i in range(2))
-        lists, refs = Lists.split(refs, bits, x)
+        lists, refs = Lists.split(refs, given, x)
         of_queries, of_keys = x.q_starts, x.kv_starts
         q, k, v, do, (lse, delta, *refs) = split(refs, of_queries, of_keys, of_keys, of_queries)
         dk, dv, parts = split(refs, of_keys, of_keys)
@@ -105,10 +105,8 @@ def dkv_kernel(
                 head = kv_head * group + g
                 p = head // (x.N // x.P)
                 list_of = item.owner // owners * x.P + p
-                full, count = (
-                    jnp.where(there, ref[list_of, row], 0) for ref in (lists.full, lists.count)
-                )
-                count = lists.entries(count)
+                *full, count = (jnp.where(there, ref[list_of, row], 0) for ref in lists.of_row)
+                full, count = full[0] if full else 0, lists.entries(count)
                 entries = jnp.maximum(count, 0)
                 work = units(entries, x.block_q)
                 first, last = (jnp.clip(i - passed, 0, work) for i in (item.first, item.last))

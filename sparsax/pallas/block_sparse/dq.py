@@ -17,7 +17,7 @@ from sparsax.pallas.block_sparse.problem import Columns, Problem
 from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles, query_types
 from sparsax.pallas.block_sparse.schedule import Schedule, part_types
 from sparsax.pallas.block_sparse.segments import split
-from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.block_sparse.tiles import ROWS, Given
 from sparsax.pallas.hopper import (
     COMPUTE,
     LOG2E,
@@ -37,22 +37,22 @@ from sparsax.pallas.hopper import (
 
 
 def dq_kernel(
-    x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
+    x: Problem, schedule: Schedule, given: Given, *, tile: int, stages: int, turns: bool,
     row_slots: int, interpret,
 ):  # fmt: skip
-    """A function of `(table, full, count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
+    """A function of `(table, [full], count, cols, [bits], [ids], *q, *k, *v, *do, lse, delta)`.
 
     lse is in units of log 2 and infinite for a query that keeps nothing; both it and delta are
     `[B, N, T']`, T' all positions, padded to row tiles. It returns `*dq [B, T, N, H]`, and float32
     sums of the pieces of split rows, `[part and copy, 1, 128, H]`.
     """
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
-    masked, gain = columns.masked(bits), x.scale * LOG2E
+    masked, gain = columns.masked(given.bits), x.scale * LOG2E
     roomy = x.H * row_slots < 256
 
     def kernel(*refs, q_smem, do_smem, k_smem, v_smem, dq_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
-        lists, refs = Lists.split(refs, bits, x)
+        lists, refs = Lists.split(refs, given, x)
         of_queries, of_keys = x.q_starts, x.kv_starts
         q, k, v, do, (lse, delta, *refs) = split(refs, of_queries, of_keys, of_keys, of_queries)
         dq, parts = split(refs, of_queries)

@@ -18,7 +18,7 @@ from sparsax.pallas.block_sparse.problem import Columns, Problem, whole_tiles
 from sparsax.pallas.block_sparse.rows import Lists, QueryTile, QueryTiles, query_types
 from sparsax.pallas.block_sparse.schedule import Schedule, part_types
 from sparsax.pallas.block_sparse.segments import split
-from sparsax.pallas.block_sparse.tiles import ROWS
+from sparsax.pallas.block_sparse.tiles import ROWS, Given
 from sparsax.pallas.hopper import (
     COMPUTE,
     LOG2E,
@@ -41,21 +41,21 @@ from sparsax.pallas.hopper import (
 
 
 def forward_kernel(
-    x: Problem, schedule: Schedule, bits: bool, *, tile: int, stages: int, turns: bool,
-    row_slots: int, teams: int, every: tuple[int, int] | None, interpret,
+    x: Problem, schedule: Schedule, given: Given, *, tile: int, stages: int, turns: bool,
+    row_slots: int, teams: int, interpret,
 ):  # fmt: skip
-    """A function of `(table, full, count, cols, [bits], [q_ids, kv_ids], [every], *q, *k, *v)`.
+    """A function of `(table, [full], count, cols, [bits], [q_ids, kv_ids], [every], *q, *k, *v)`.
 
     q, k and v are one array or, behind each other, several: those of `q_starts` and `kv_starts`.
 
     It returns `*o [B, T, N, H]` and `lse [B, N, T']` in units of log 2, infinite for a query that
     keeps nothing, T' all positions, padded to row tiles; and of the pieces of split rows the same
     in float32, `[part and copy, 128, H]` and `[.., 128]`, but -inf. The schedule is one of as many
-    teams. `every` are the widths of `Every`, of single rows alone: o and lse are NaN where any
-    list of a head is not to be used.
+    teams. Where `every` list is given, to a schedule of single rows, o and lse are NaN if any of
+    their head is not to be used.
     """
     columns, cores = Columns(x.block_kv, tile, x.q_bounds), TensorCores(interpret is not None)
-    masked, scale = columns.masked(bits), x.scale * LOG2E
+    masked, scale = columns.masked(given.bits), x.scale * LOG2E
     gain = scale if scale > 0 else 1.0  # a positive factor may wait until after max and mask
     # By measurement: with more features the tensor cores are what the warpgroups wait for.
     fold = folded if x.H <= 64 else lambda join, s: s
@@ -64,7 +64,7 @@ def forward_kernel(
 
     def kernel(*refs, q_smem, k_smem, v_smem, o_smem, lse_smem, ids_smem, q_bars, k_bars, v_bars,
                turn_bars):  # fmt: skip
-        lists, refs = Lists.split(refs, bits, x, every is not None)
+        lists, refs = Lists.split(refs, given, x)
         q, k, v, o, (lse, *parts) = split(refs, x.q_starts, x.kv_starts, x.kv_starts, x.q_starts)
         tiles = QueryTiles(x, columns, schedule, lists)
         wg = lax.axis_index("wg")
@@ -86,7 +86,7 @@ def forward_kernel(
             q_ring, k_ring, v_ring = rings(team)
             order = Turns(turn_bars, half)
             order.open()
-            poison_of_head = 0.0 if every is None else tiles.poison(team, every)
+            poison_of_head = 0.0 if given.every is None else tiles.poison(team, given.every)
 
             def softmax(s, top, total):
                 new_top = jnp.maximum(top, fold(jnp.maximum, s).max(axis=1) * gain)

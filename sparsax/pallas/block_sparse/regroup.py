@@ -39,7 +39,7 @@ def tile_lists(
     if not bounds.partial(block_col):
         return TileLists(counts, counts, lists, None)
     if bounds.by_ids_alone(block_col):
-        return TileLists(jnp.zeros(counts.shape, jnp.int32), counts, lists, None)
+        return TileLists(None, counts, lists, None)
     return _ordered(counts, lists, bounds, block_col)
 
 

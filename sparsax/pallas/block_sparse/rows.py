@@ -17,7 +17,7 @@ from sparsax.pallas.block_sparse import masks, stream
 from sparsax.pallas.block_sparse.problem import Columns, Problem
 from sparsax.pallas.block_sparse.schedule import Item, Schedule
 from sparsax.pallas.block_sparse.segments import Segments
-from sparsax.pallas.block_sparse.tiles import ROWS, unusable
+from sparsax.pallas.block_sparse.tiles import ROWS, Given, unusable
 from sparsax.pallas.hopper import COL, COMPUTE, ROW, WG_ROWS, Ring
 
 
@@ -35,13 +35,20 @@ class Lists:
     every: Any
 
     @classmethod
-    def split(cls, refs, bits: bool, x: Problem, every: bool = False):
+    def split(cls, refs, given: Given, x: Problem):
         """The lists, and the operands that follow them."""
-        table, full, count, cols, *rest = refs
-        bits_ref = rest.pop(0) if bits else None
+        table, *rest = refs
+        full = rest.pop(0) if given.full else None
+        count, cols, *rest = rest
+        bits = rest.pop(0) if given.bits else None
         ids = (rest.pop(0), rest.pop(0)) if x.ids else (None, None)
-        of_heads = (rest.pop(0), rest.pop(0)) if every else None
-        return cls(table, full, count, cols, bits_ref, *ids, of_heads), rest
+        every = (rest.pop(0), rest.pop(0)) if given.every else None
+        return cls(table, full, count, cols, bits, *ids, every), rest
+
+    @property
+    def of_row(self) -> tuple[Any, ...]:
+        """What is read of each row: `full`, if there is one, and `count`."""
+        return (self.count,) if self.full is None else (self.full, self.count)
 
     def entries(self, count):
         """Entries of a list, below 0 if it has more than it can hold."""
@@ -99,8 +106,8 @@ class QueryTiles:
         head = p * sharing + lax.rem(item.copy, jnp.int32(sharing))
         # Samples are told apart by the owner if it is one of theirs, else by the copy.
         sample, kv_head = item.copy // sharing + item.owner // x.P, head // (x.N // x.K)
-        full, count = item.extra
-        count = self.lists.entries(count)
+        *full, count = item.extra
+        full, count = full[0] if full else 0, self.lists.entries(count)
         first, last = self.columns.span(item.first, item.last, jnp.maximum(count, 0))
         place = jnp.where(item.part >= 0, item.part * self.schedule.copies + item.copy, -1)
         return QueryTile(item.row, p, sample, head, kv_head, first, last, place, full, count)
@@ -109,8 +116,7 @@ class QueryTiles:
         """`visit(tile, carry)` for the tiles of a team of the thread block in turn."""
         number = self.schedule.number(lax.axis_index("item"), team)
         go = lambda item, carry: visit(self.tile(item), carry)
-        extra = self.lists.full, self.lists.count
-        return self.schedule.each(number, self.lists.table, go, carry, extra)
+        return self.schedule.each(number, self.lists.table, go, carry, self.lists.of_row)
 
     def poison(self, team, widths: tuple[int, int]):
         """NaN if any list of the head of a team's only row is not to be used, else 0.

@@ -7,6 +7,7 @@ bit mask which of its row blocks listed a column (`regroup.py`).
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,14 @@ class Every:
     widths: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
 
+class Given(NamedTuple):
+    """Which arrays of lists, besides `count` and `cols`, a kernel is built for."""
+
+    full: bool
+    bits: bool
+    every: tuple[int, int] | None  # widths
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class TileLists:
@@ -43,18 +52,23 @@ class TileLists:
 
     Attributes:
         full: leading entries in which every pair attends, `[A, R]`: A is P, or P of every sample;
-            none where below 0.
+            none where below 0. None: none anywhere.
         count: entries of the list, `[A, R]`; `unusable` where the pattern is not to be used.
         cols: column blocks `[P, R, C]`.
         bits: which row blocks of the tile list the column, `[P, R, C]`; None if it is always all.
         every: what else makes all of a head unusable; None where `count` says it row by row.
     """
 
-    full: Int[Array, "A R"]
+    full: Int[Array, "A R"] | None
     count: Int[Array, "A R"]
     cols: Int[Array, "P R C"]
     bits: Int[Array, "P R C"] | None
     every: Every | None = None
+
+    @property
+    def given(self) -> Given:
+        """Which of them there are."""
+        return Given(self.full is not None, self.bits is not None, self.every and self.every.widths)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,4 +72,4 @@ def _lists(length: int, causal: bool, keys_in_rows: bool) -> TileLists:
     elif causal:
         count = row + 1
     constant = lambda x: jnp.asarray(x[None], jnp.int32)  # or each of them costs a kernel
-    return TileLists(constant(0 * count), constant(count), constant(cols), None)
+    return TileLists(None, constant(count), constant(cols), None)
