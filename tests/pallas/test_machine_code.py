@@ -40,7 +40,7 @@ OF_FEW_ROWS = {
     (64, False): {"dkv": 52},
     (128, True): {"dkv": 68},
     (256, False): {"dq": 112},
-    (256, True): {"forward": 24, "dq": 276, "dkv": 60},
+    (256, True): {"forward": 36, "dq": 276, "dkv": 60},
 }
 # The same of (head dim, block) where blocks are smaller than a row tile, masked by bits.
 OF_SMALL_BLOCKS = {

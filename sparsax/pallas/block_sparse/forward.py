@@ -104,14 +104,14 @@ def forward_kernel(
                 empty = total == 0.0
                 positive = jnp.where(empty, 1.0, total)
                 result = acc / per_row(positive, acc.shape) + poison
-                log_total = top + jnp.log2(positive)
+                # Infinite, so that every probability of the row is 0 in the backward pass.
+                log_total = jnp.where(empty, jnp.inf, top + jnp.log2(positive)) + poison
 
                 def write_whole():
                     out = o_smem.at[wg] if space is None else space
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     out[...] = result.astype(x.dtype)
-                    # Infinite, so that every probability of the row is 0 in the backward pass.
-                    lse_smem.at[wg][...] = jnp.where(empty, jnp.inf, log_total) + poison
+                    lse_smem.at[wg][...] = log_total
                     plgpu.commit_smem()
                     first = row * ROWS + half * WG_ROWS
                     rows = lambda first: pl.ds(first, WG_ROWS)
@@ -124,7 +124,8 @@ def forward_kernel(
                 def write_part():
                     rows = pl.ds(half * WG_ROWS, WG_ROWS)
                     parts[0].at[part, 0, rows][...] = result
-                    parts[1].at[part, rows][...] = jnp.where(empty, -jnp.inf, log_total) + poison
+                    weight = jnp.where(log_total == jnp.inf, -jnp.inf, log_total)
+                    parts[1].at[part, rows][...] = weight
 
                 @pl.when(row >= 0)
                 def _():
