@@ -227,13 +227,3 @@ def launched(text: str) -> int:
         return own + sum(of(x) for x in called if x in bodies)
 
     return of("main")
-
-
-def one_feature_each(x):
-    """Cotangents like x with one feature of each row: sum(o * do) is one product in any order.
-
-    XLA orders a sum by the program around it and the machine, so gradients of two programs have
-    the same bits everywhere only if their sums have one term.
-    """
-    at = jnp.arange(x[..., 0].size).reshape(x.shape[:-1]) % x.shape[-1]
-    return jax.nn.one_hot(at, x.shape[-1], dtype=x.dtype)

@@ -9,7 +9,7 @@ import pytest
 
 from sparsax import pallas, top_l_attention
 from sparsax.quantise import Codes
-from tests.helpers import assert_near, one_feature_each
+from tests.helpers import assert_near
 from tests.top_l_cases import CASES, Case
 
 # Interpreting a case takes seconds; these few meet every feature between them.
@@ -107,7 +107,6 @@ def test_split_rows_add_up_interpreted(joined):
 def test_vmap_is_a_longer_batch():
     c = Case(name="vmap", B=2, T=40, N=1, K=1, keep=9, dtype="bfloat16")
     *arrays, codes, _ = c.inputs()
-    arrays[-1] = one_feature_each(arrays[-1])
 
     def gradients(q, k, v, do, codes):
         attend = lambda *x: top_l_attention(*x, codes, **c.static, implementation="pallas")
@@ -118,8 +117,9 @@ def test_vmap_is_a_longer_batch():
         alone = jax.tree.map(lambda x: x[:, None], (*arrays, codes))
         batched = jax.jit(jax.vmap(gradients))(*alone)
         joined = jax.jit(gradients)(*arrays, codes)
-    for x, y in zip(jax.tree.leaves(batched), jax.tree.leaves(joined), strict=True):
-        np.testing.assert_array_equal(np.asarray(x[:, 0]), np.asarray(y))
+    # Not the same bits: how XLA rounds an interpreted logarithm depends on what it fuses it with.
+    for name, x, y in zip("oqkv", jax.tree.leaves(batched), jax.tree.leaves(joined), strict=True):
+        assert_near(x[:, 0], y, 1e-4, name)
 
 
 def attend_to(dtype="bfloat16", features=64, num_codes=8, score="match", **options):
