@@ -1,6 +1,9 @@
 """Makes interpret mode quicker, and stands in for GPUs with few multiprocessors."""
 
+import importlib.util
+import os
 import pkgutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -34,6 +37,16 @@ def quick_callbacks(monkeypatch):
     number = lambda x: x.item() if isinstance(x, np.ndarray) else to_int(x)
     monkeypatch.setattr(CALL, on_copies)
     monkeypatch.setattr(TO_INT, number)
+
+
+@pytest.fixture(autouse=True)
+def assembler(request, monkeypatch):
+    """Machine code is that of the group's own ptxas: XLA would take another, which spills more."""
+    if request.node.get_closest_marker("machine_code") is None:
+        return
+    nvidia = importlib.util.find_spec("nvidia")
+    for folder in nvidia.submodule_search_locations if nvidia else ():
+        monkeypatch.setenv("PATH", str(Path(folder, "cu13", "bin")), prepend=os.pathsep)
 
 
 @pytest.fixture(params=["fused", "products"])
