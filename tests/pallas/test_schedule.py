@@ -1,6 +1,7 @@
 """The lists and the schedule of the kernels, against plain Python."""
 
 import itertools
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import sparsax
 from sparsax import pallas
 from sparsax.layouts import INVALID
 from sparsax.pallas.block_sparse import deal as dealing
-from sparsax.pallas.block_sparse import regroup
+from sparsax.pallas.block_sparse import regroup, schedule
 from sparsax.pallas.block_sparse.deal import LEAST, deal
 from sparsax.pallas.block_sparse.regroup import tile_lists
 from sparsax.pallas.block_sparse.schedule import (
@@ -108,7 +109,8 @@ def table_of(plan, work, *extra):
     with pallas.interpreted():
         options = {"interpret": pallas.interpret()}
     table, splits = deal(plan, *(jnp.asarray(x, jnp.int32) for x in (work, *extra)), **options)
-    return np.asarray(table), None if splits is None else np.asarray(splits)
+    table = np.asarray(table)
+    return table, None if splits is None else np.asarray(splits)[:, : table[0]]  # the rest is open
 
 
 def item_of(plan, table, block, slot=0, extra=()):
@@ -179,10 +181,20 @@ works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=20)
     copies=st.integers(1, 4),
     longest=st.sampled_from((9, 400)),
     teams=st.integers(1, 2),
+    stay=st.sampled_from((0, schedule.STAY)),
+    processors=st.sampled_from((8, 132)),
 )
 def test_every_tile_of_every_row_and_copy_is_done_exactly_once(
-    work, owners, copies, longest, teams
+    work, owners, copies, longest, teams, stay, processors
 ):
+    with (
+        mock.patch.object(schedule, "STAY", stay),
+        mock.patch.object(schedule, "multiprocessors", return_value=processors),
+    ):
+        every_tile_is_done_once(work, owners, copies, longest, teams)
+
+
+def every_tile_is_done_once(work, owners, copies, longest, teams):
     work = np.resize(np.minimum(np.array(work, np.int32), longest), (owners, len(work)))
     plan = Schedule(owners, work.shape[1], copies, longest, teams=teams)
     table, splits = table_of(plan, work, work + 7)
@@ -213,7 +225,7 @@ def test_every_tile_of_every_row_and_copy_is_done_exactly_once(
     if plan.extra:
         listed = {
             int(row): [plan.extra + nth, *range(nth, nth + int(more))]
-            for nth, (row, more) in enumerate(np.asarray(splits).T)
+            for nth, (row, more) in enumerate(splits.T)
             if more > 0
         }
         assert listed == {
@@ -272,13 +284,32 @@ def test_thread_blocks_that_stay_do_most_and_the_rest_is_done_one_by_one():
     assert (plan.staying, plan.dealt) == (blocks, 19 * 2048 // (20 * blocks))
     assert plan.thread_blocks == blocks + 2048 - plan.dealt * blocks
     assert plan.left == 1
-    assert Schedule(1, 8, 1, 8).staying == 0
+
+
+@pytest.mark.parametrize("teams", [1, 2])
+def test_of_few_rows_each_none_is_left_to_thread_blocks_of_one(teams):
+    turns, blocks = schedule.STAY, multiprocessors()
+    plan = Schedule(turns, teams * blocks, 1, 31, teams=teams)
+    assert (plan.staying, plan.dealt, plan.thread_blocks) == (teams * blocks, turns, blocks)
+    assert Schedule(turns, teams * blocks + 1, 1, 31, teams=teams).passing > 0
+    # Long and short ones in turn: the work of teams differs by less than a row's.
+    work = np.random.default_rng(0).integers(0, 32, (turns, plan.tiles))
+    table, _ = table_of(plan, work)
+    loads = [
+        sum(int(item_of(plan, table, team, slot).last) for slot in range(turns))
+        for team in range(plan.staying)
+    ]
+    assert max(loads) - min(loads) < 31
+    # And as many multiprocessors as there are rows, or pieces of them.
+    assert Schedule(1, 8, 1, 8, teams=teams).thread_blocks == 8
+    cut = Schedule(1, 8, 1, 640, teams=teams)
+    assert (cut.thread_blocks, cut.dealt) == (blocks, -(-cut.items // (teams * blocks)))
 
 
 def test_two_teams_share_a_multiprocessor_only_once_all_are_busy():
     few = Schedule(1, 100, 1, 31, teams=2)
-    assert (few.staying, few.thread_blocks) == (0, 100)
-    assert few.number(99, 0) == 99
+    assert (few.staying, few.thread_blocks) == (200, 100)
+    assert [int(few.number(99, team)) for team in (0, 1)] == [99, 199]
     more = Schedule(2, 100, 1, 31, teams=2)
     assert more.thread_blocks == multiprocessors()
     many = Schedule(16, 128, 1, 31, teams=2)

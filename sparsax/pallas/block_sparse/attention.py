@@ -121,8 +121,9 @@ def _run_forward(
     o, lse, parts = results[: len(q)], results[len(q)], results[len(q) + 1 :]
     if parts:
         (o,), lse = combine(
-            schedule, problem.samples, splits, parts, [list(o)], problem.q_starts, lse, interpret
-        )
+            schedule, problem.samples, (table, splits), parts, [list(o)], problem.q_starts, lse,
+            interpret,
+        )  # fmt: skip
     o = _put_rows(o, listed_rows, interpret)
     saved = Saved(lse, None if schedule.beforehand else (table, splits))
     return vary((_cut(o, problem.q_lengths), saved), (arrays, lists, ids))
@@ -186,8 +187,9 @@ def _run_backward(
     dq, parts = results[: len(q)], results[len(q) :]
     if parts:
         (dq,), _ = combine(
-            schedule, problem.samples, splits, parts, [list(dq)], problem.q_starts, None, interpret
-        )
+            schedule, problem.samples, (table, splits), parts, [list(dq)], problem.q_starts, None,
+            interpret,
+        )  # fmt: skip
     dk, dv = _of_keys(problem, config.dkv, by_key, ids, arrays, expected[1], interpret)
     dq = _put_rows(dq, listed_rows, interpret)
     lengths = problem.q_lengths, problem.kv_lengths, problem.kv_lengths
@@ -226,7 +228,9 @@ def _of_keys(
         many = len(starts)
         targets = [list(results[:many]), list(results[many : 2 * many])]
         if parts := results[2 * many :]:
-            targets, _ = combine(schedule, samples, splits, parts, targets, starts, None, interpret)
+            targets, _ = combine(
+                schedule, samples, (table, splits), parts, targets, starts, None, interpret
+            )
         found.append(targets)
     if len(found) == 1:
         return found[0]

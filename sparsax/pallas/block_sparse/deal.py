@@ -143,18 +143,6 @@ def deal(
         def _():
             table[0] = many
 
-        blocks = s.owners * strips
-
-        def unused(i, _):
-            nth = owner * strips + strip + i * blocks
-
-            @pl.when((nth >= many) & (nth < s.extra))
-            def _():
-                splits[0][0, nth] = 0
-                splits[0][1, nth] = 0
-
-        lax.fori_loop(0, -(-s.extra // blocks), unused, None)
-
     scratch: dict[str, Any] = {"smem": None, "bar": None}
     if short := sum(x.size < THREADS for x in counts):
         scratch["smem"] = plgpu.SMEM((short, THREADS), jnp.int32)

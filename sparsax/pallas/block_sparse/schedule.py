@@ -4,7 +4,8 @@ The GPU hands thread blocks out in order, each as soon as a multiprocessor is fr
 that does several tiles hides the loads of the next behind the current one, but many of them of
 equal length leave multiprocessors idle at the end: so one for each multiprocessor does most of the
 tiles, and thread blocks of one tile for each of their teams, handed out to whoever is done, even
-out the rest. The long rows of every head start first, and are cut where one of them would outlast
+out the rest. Of few rows each, those that stay do all, since a thread block of one tile hides
+nothing. The long rows of every head start first, and are cut where one of them would outlast
 everything else; the other rows of a head run together, since they share its columns in the L2
 cache. Where the work of rows is known without the data, all of them are dealt beforehand, evenly.
 """
@@ -25,6 +26,7 @@ from sparsax.pallas.hopper import multiprocessors
 LONG = 32  # units: where no list is longer, rows stay whole
 PIECES = 4  # a row is cut into pieces of this fraction of what one multiprocessor does
 OF_ROW = 1.5  # units that a row costs besides its list, by measurement with 64 features
+STAY = 4  # rows for each team at most of which none is left to teams that pass
 EARLY = 8  # this fraction of each head's rows, the longest ones, is done before all others
 
 
@@ -115,6 +117,12 @@ class Schedule:
         return _evenly(self.expected.of_rows, self.owners, self.copies, blocks * self.teams)
 
     @property
+    def stay(self) -> bool:
+        """Whether teams that stay do all there is, long ones and short ones in turn."""
+        few = self.rows * self.copies <= STAY * self.teams * multiprocessors()
+        return few and not self.beforehand
+
+    @property
     def items(self) -> int:
         """Everything there may be to do, for every copy."""
         return (self.rows + self.extra) * self.copies
@@ -131,16 +139,18 @@ class Schedule:
 
     @property
     def dealt(self) -> int:
-        """Items of each team that stays; each multiprocessor has those of one thread block."""
+        """Items of each team that stays, at most; a multiprocessor has those of a thread block."""
         if self.beforehand:
             return 1 if self.single else len(self.hands())
+        if self.stay:
+            return -(-self.items // self.staying)
         return self.twentieths * self.rows * self.copies // (20 * multiprocessors() * self.teams)
 
     @property
     def staying(self) -> int:
         """Teams that stay."""
-        if self.single:
-            return self.teams * min(multiprocessors(), self.rows * self.copies)
+        if self.single or self.stay:
+            return self.teams * min(multiprocessors(), self.items)
         if self.beforehand:
             return self.hands().shape[1]
         return multiprocessors() * self.teams if self.dealt else 0
@@ -148,7 +158,9 @@ class Schedule:
     @property
     def passing(self) -> int:
         """Teams of one item, or of few where rows were cut."""
-        return 0 if self.beforehand else self.rows * self.copies - self.dealt * self.staying
+        if self.beforehand or self.stay:
+            return 0
+        return self.rows * self.copies - self.dealt * self.staying
 
     @property
     def left(self) -> int:
@@ -209,7 +221,7 @@ class Schedule:
         stays = team < self.staying
         place = jnp.where(stays, fold, dealt + team - self.staying + slot * self.passing)
         pieces = added * self.copies  # the added ones, which come before all rows
-        there = (slot < self._slots(stays)) & (place < pieces + self.rows * self.copies)
+        there = (slot < self._slots(stays, added)) & (place < pieces + self.rows * self.copies)
         if self.teams > 1:
             there &= team < self.staying + self.passing
         place = jnp.where(there, place, 0)
@@ -234,7 +246,10 @@ class Schedule:
             first, jnp.where(there, last, first), part, tuple(jnp.where(there, x, 0) for x in more),
         )  # fmt: skip
 
-    def _slots(self, stays):
+    def _slots(self, stays, added):
+        """Items of a team, at most."""
+        if self.stay:
+            return ((added + self.rows) * self.copies + self.staying - 1) // self.staying
         return jnp.where(stays, jnp.int32(self.dealt), jnp.int32(self.left))
 
     def each(self, team, table, visit, carry, extra=()):
@@ -255,7 +270,7 @@ class Schedule:
 
         first, second = jnp.int32(0), jnp.int32(1)
         start = look(second), read(first, look(first)), carry
-        return lax.fori_loop(0, self._slots(team < self.staying), go, start)[2]
+        return lax.fori_loop(0, self._slots(team < self.staying, added), go, start)[2]
 
 
 @functools.lru_cache
