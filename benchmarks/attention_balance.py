@@ -59,10 +59,11 @@ def dealt(work: np.ndarray) -> list[float]:
     with pallas.interpreted():
         table, _ = deal(plan, jnp.asarray(work), interpret=pallas.interpret())
     table, times = np.asarray(table), []
+    header = plan.header(table)
     for block in range(plan.thread_blocks):
         items = (
-            plan.item(*plan.read(np.int32(block), np.int32(slot), None, table, table[0], ()))
-            for slot in range(max(plan.dealt, plan.left) + 1)
+            plan.item(*plan.read(np.int32(block), np.int32(slot), None, table, header, ()))
+            for slot in range(int(plan.slots(np.int32(block), header)))
         )
         lengths = [int(i.last) - int(i.first) for i in items if int(i.row) >= 0]
         times.append(sum(lengths) + OF_ROW * len(lengths))

@@ -17,9 +17,9 @@ from sparsax.pallas.block_sparse import regroup, schedule
 from sparsax.pallas.block_sparse.deal import LEAST, deal
 from sparsax.pallas.block_sparse.regroup import tile_lists
 from sparsax.pallas.block_sparse.schedule import (
+    HEADER,
     LONG,
     OF_ROW,
-    PIECES,
     Expected,
     Schedule,
     units,
@@ -113,9 +113,14 @@ def table_of(plan, work, *extra):
     return table, None if splits is None else np.asarray(splits)[:, : table[0]]  # the rest is open
 
 
+def items_of(plan, table, team, extra=()):
+    slots = int(plan.slots(np.int32(team), plan.header(table)))
+    return [item_of(plan, table, team, slot, extra) for slot in range(slots)]
+
+
 def item_of(plan, table, block, slot=0, extra=()):
-    added = table[0]
-    return plan.item(*plan.read(np.int32(block), np.int32(slot), None, table, added, extra))
+    where = np.int32(block), np.int32(slot), None
+    return plan.item(*plan.read(*where, table, plan.header(table), extra))
 
 
 def test_how_many_rows_a_thread_block_ranks_changes_nothing(monkeypatch):
@@ -130,7 +135,7 @@ def test_how_many_rows_a_thread_block_ranks_changes_nothing(monkeypatch):
     many, of_many = table_of(plan, work, work + 7)
     items = plan.extra + plan.rows
     used = np.r_[np.arange(table[0]), np.arange(plan.extra, items)]  # the rest is not written
-    places = np.r_[0, 1 + np.add.outer(np.arange(5) * items, used).ravel()]
+    places = np.r_[:HEADER, HEADER + np.add.outer(np.arange(5) * items, used).ravel()]
     np.testing.assert_array_equal(many[places], table[places])
     np.testing.assert_array_equal(of_many, splits)
 
@@ -146,9 +151,8 @@ def test_work_is_counted_in_units_of_row_tiles(block, times, longest):
     want = table_of(plan, times * units(np.maximum(entries, 0), block))
     used = got[0][0] if want[1] is not None else 0
     items = plan.extra + plan.rows
-    places = np.r_[
-        0, 1 + np.add.outer(np.arange(4) * items, np.r_[: int(used), plan.extra : items]).ravel()
-    ]
+    used = np.r_[: int(used), plan.extra : items]
+    places = np.r_[:HEADER, HEADER + np.add.outer(np.arange(4) * items, used).ravel()]
     np.testing.assert_array_equal(np.asarray(got[0])[places], want[0][places])
 
 
@@ -200,10 +204,10 @@ def every_tile_is_done_once(work, owners, copies, longest, teams):
     table, splits = table_of(plan, work, work + 7)
     done = [[] for _ in range(work.size * copies)]
     items = [
-        item_of(plan, table, plan.number(block, team), slot, (work + 7,))
+        item
         for block in range(plan.thread_blocks)
         for team in range(teams)
-        for slot in range(max(plan.dealt, plan.left) + 1)
+        for item in items_of(plan, table, plan.number(block, team), (work + 7,))
     ]
     parts = {}
     for item in items:
@@ -245,7 +249,7 @@ def test_long_rows_start_first_and_no_item_outlasts_its_share():
     assert {int(item.owner) for item in first} == {0}
     few = Schedule(1, 128, 1, 128)
     table, _ = table_of(few, work[:1])
-    share = max(LEAST, work[0].sum() / (PIECES * multiprocessors()))
+    share = max(LEAST, -(-work[0].sum() // few.extra))
     spans = [item_of(few, table, block) for block in range(few.thread_blocks)]
     assert max(int(item.last) - int(item.first) for item in spans) <= share
 
@@ -260,7 +264,9 @@ def test_heads_take_turns_where_lists_are_short():
     assert [int(item.owner) for item in first] == [*range(5)] * 2
 
 
-def test_more_rows_than_registers_hold(monkeypatch):
+@pytest.mark.parametrize("stay", [0, schedule.STAY])
+def test_more_rows_than_registers_hold(stay, monkeypatch):
+    monkeypatch.setattr(schedule, "STAY", stay)
     monkeypatch.setattr("sparsax.pallas.block_sparse.deal.CHUNK", 512)
     work = np.random.default_rng(0).integers(0, 40, (3, 130)).astype(np.int32)
     work[0, 3] = work[2, 129] = 900
@@ -273,9 +279,11 @@ def test_more_rows_than_registers_hold(monkeypatch):
     assert [(r, m) for r, m in zip(rows, counts, strict=True) if m] == [
         (i, m) for i, m in enumerate(more.ravel()) if m
     ]
-    order = table[1 + plan.extra : 1 + plan.extra + work.size].reshape(work.shape)
+    order = table[HEADER + plan.extra :][: work.size]
     want = np.argsort(-work, axis=-1, kind="stable") + 130 * np.arange(3)[:, None]
-    assert (order == want).all()
+    if plan.stay:
+        want = np.argsort(-work.ravel(), kind="stable")
+    assert (order == want.ravel()).all()
 
 
 def test_thread_blocks_that_stay_do_most_and_the_rest_is_done_one_by_one():
@@ -287,23 +295,39 @@ def test_thread_blocks_that_stay_do_most_and_the_rest_is_done_one_by_one():
 
 
 @pytest.mark.parametrize("teams", [1, 2])
-def test_of_few_rows_each_none_is_left_to_thread_blocks_of_one(teams):
-    turns, blocks = schedule.STAY, multiprocessors()
+def test_of_few_rows_none_is_left_to_thread_blocks_of_one(teams):
+    turns, blocks = schedule.STAY // teams, multiprocessors()
     plan = Schedule(turns, teams * blocks, 1, 31, teams=teams)
     assert (plan.staying, plan.dealt, plan.thread_blocks) == (teams * blocks, turns, blocks)
     assert Schedule(turns, teams * blocks + 1, 1, 31, teams=teams).passing > 0
-    # Long and short ones in turn: the work of teams differs by less than a row's.
+    # In order of length and back again: the work of teams differs by less than a row's.
     work = np.random.default_rng(0).integers(0, 32, (turns, plan.tiles))
     table, _ = table_of(plan, work)
-    loads = [
-        sum(int(item_of(plan, table, team, slot).last) for slot in range(turns))
-        for team in range(plan.staying)
-    ]
-    assert max(loads) - min(loads) < 31
+    loads = loads_of(plan, table)
+    assert max(loads) - min(loads) < 8
     # And as many multiprocessors as there are rows, or pieces of them.
     assert Schedule(1, 8, 1, 8, teams=teams).thread_blocks == 8
     cut = Schedule(1, 8, 1, 640, teams=teams)
     assert (cut.thread_blocks, cut.dealt) == (blocks, -(-cut.items // (teams * blocks)))
+
+
+def loads_of(plan, table) -> list[int]:
+    every = [items_of(plan, table, team) for team in range(plan.staying)]
+    return [sum(int(item.last) - int(item.first) for item in items) for items in every]
+
+
+@pytest.mark.parametrize(("copies", "teams"), [(1, 1), (2, 1), (1, 2)])
+def test_beside_a_row_longer_than_the_mean_load_a_team_does_nothing(copies, teams):
+    blocks, long = teams * multiprocessors(), 30
+    work = np.full((2, blocks // copies), 3)
+    work[0, 5:15] = work[1, 7:17] = long
+    plan = Schedule(2, blocks // copies, copies, 31, teams=teams)
+    table, _ = table_of(plan, work)
+    assert table[teams] == 20
+    loads = loads_of(plan, table)
+    assert sorted(loads)[-20 * copies :] == [long] * 20 * copies
+    assert max(loads[20 * copies :]) <= 9
+    assert sum(loads) == copies * work.sum()
 
 
 def test_two_teams_share_a_multiprocessor_only_once_all_are_busy():
@@ -323,7 +347,7 @@ def test_copies_that_keep_the_gpu_busy_leave_rows_whole():
     work[0, 3] = 4000
     table, splits = table_of(plan, work)
     assert (plan.extra, plan.parts, splits) == (0, 0, None)
-    assert table.shape == (1 + 4 * 64,)
+    assert table.shape == (HEADER + 4 * 64,)
 
 
 def test_no_row_is_cut_that_the_expected_work_outlasts():

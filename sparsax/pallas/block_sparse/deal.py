@@ -1,5 +1,6 @@
 """The table of a schedule, written by one small kernel where XLA would launch ten."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from sparsax.layouts import INVALID
-from sparsax.pallas.block_sparse.schedule import Schedule
+from sparsax.pallas.block_sparse.schedule import HEADER, OF_ROW, Schedule
 from sparsax.pallas.block_sparse.tiles import ROWS, Every, unusable
 from sparsax.pallas.hopper import multiprocessors
 
@@ -30,9 +31,11 @@ def deal(
     `entries` are those of each row's list of blocks of so many columns, which is walked so many
     times; below 0 they are no work. `extra` is what else its kernel wants to know of a row; with
     `every` the last of it are its entries, `INVALID` where a list of its head is not to be used.
-    The table is the number of added pieces, and then fields: of these pieces, and of each head's
-    rows from the longest to the shortest. Of rows that are dealt beforehand it is
-    `Schedule.hands`, of single ones a number that nobody reads.
+    The table is the number of added pieces; for one and for two teams of a thread block, how many
+    rows are so long that a team should do nothing else, if few rows are dealt and none is cut; and
+    then fields: of the pieces, and of rows from the longest to the shortest, of each head or, if
+    they are few, of all together. Of rows that are dealt beforehand it is `Schedule.hands`, of
+    single ones a number that nobody reads.
 
     Every thread block adds up all work for itself, so that none waits for another.
     """
@@ -44,8 +47,12 @@ def deal(
     per_unit = ROWS // block
     strip_rows = min(STRIP, -(-s.rows // (AT_ONCE * multiprocessors())))
     items, strips = s.extra + s.rows, -(-s.tiles // strip_rows)
+    heads, ranked = (1, s.rows) if s.stay else (s.owners, s.tiles)  # ranked together
     of_heads = () if every is None else every.counts
-    counts = [_long_enough(x) for x in (entries, *of_heads)]
+    counts = [
+        _long_enough(entries, s.rows if s.stay else s.tiles),
+        *(_long_enough(x, x.shape[-1]) for x in of_heads),
+    ]
     numbers = max(counts[0].size, THREADS)
     chunk = min(CHUNK, numbers // THREADS * THREADS)
     chunks = -(-numbers // chunk)
@@ -65,8 +72,8 @@ def deal(
                 found = lax.div(found + (per_unit - 1), whole)
             return times * found if times > 1 else found
 
-        begin = owner * s.tiles
-        own, here, of_head = _load_head(entries, owner, s.tiles)
+        begin = 0 if heads == 1 else owner * ranked
+        own, here, with_it = _load_head(entries, jnp.minimum(owner, heads - 1), ranked)
         own, wrong = work_of(own), jnp.int32(0)
         if every is not None:
             for ref, like, width in zip(others_of_head, every.counts, every.widths, strict=True):
@@ -75,25 +82,26 @@ def deal(
 
         def put(index, *fields):
             for i, x in enumerate(fields):
-                table[1 + i * items + index] = x
+                table[HEADER + i * items + index] = x
 
         def rows_of(share, before):
             """Ranks the strip's rows and cuts those of more than a share."""
 
             def visit(i, _):
-                row = begin + strip * strip_rows + i
+                nth_of_head = strip * strip_rows + i
+                row = owner * s.tiles + nth_of_head
 
-                @pl.when(row < begin + s.tiles)
+                @pl.when(nth_of_head < s.tiles)
                 def _():
                     mine, fields = work_of(one_by_one[row]), [x[row] for x in others]
                     if every is not None:
                         fields[-1] = jnp.where(wrong > 0, INVALID, fields[-1])
                     longer = (own > mine) | ((own == mine) & (here < row))
-                    place = s.extra + begin + jnp.where(longer & of_head, 1, 0).sum()
+                    place = s.extra + begin + jnp.where(longer & with_it, 1, 0).sum()
                     if share is None:
                         put(place, row, 0, mine, -1, *fields)
                         return
-                    nth = before + jnp.where(of_head & (here < row), _pieces(own, share), 0).sum()
+                    nth = before + jnp.where(with_it & (here < row), _pieces(own, share), 0).sum()
                     more = _pieces(mine, share)
                     length = lax.div(mine + more, more + 1)
                     part = jnp.where(more > 0, s.extra + nth, -1)
@@ -117,6 +125,8 @@ def deal(
             @pl.when(is_first)
             def _():
                 table[0] = 0
+                for teams in (1, 2) if s.stay else ():
+                    table[teams] = jnp.where(with_it & _alone(s, teams, own, with_it), 1, 0).sum()
 
             return
 
@@ -142,6 +152,8 @@ def deal(
         @pl.when(is_first)
         def _():
             table[0] = many
+            for teams in (1, 2):
+                table[teams] = 0
 
     scratch: dict[str, Any] = {"smem": None, "bar": None}
     if short := sum(x.size < THREADS for x in counts):
@@ -150,7 +162,10 @@ def deal(
     int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     table, *splits = plgpu.kernel(
         kernel,
-        out_type=(int32(1 + (4 + len(extra)) * items), *([int32(2, s.extra)] if s.extra else [])),
+        out_type=(
+            int32(HEADER + (4 + len(extra)) * items),
+            *([int32(2, s.extra)] if s.extra else []),
+        ),
         grid=(s.owners, strips),
         grid_names=("owner", "strip"),
         scratch_types=scratch,
@@ -160,13 +175,13 @@ def deal(
     return table, splits[0] if splits else None
 
 
-def _long_enough(numbers):
-    """Numbers `[A, n]` of heads behind each other, with zeros, as far as `_load_head` needs any.
+def _long_enough(numbers, together: int):
+    """Numbers `[A, n]` of heads behind each other, with zeros, as far as loads of so many need any.
 
     Fewer than threads are as they are: `_whole` has zeros for them, and padding costs a launch. But
     copies need lines of whole 16 bytes, which vmap makes of them.
     """
-    size = -(-numbers.shape[-1] // THREADS) * THREADS
+    size = -(-together // THREADS) * THREADS
     if numbers.size >= size or (numbers.size < THREADS and numbers.size % 4 == 0):
         return numbers.reshape(-1)
     return jnp.pad(numbers.reshape(-1), (0, size - numbers.size))
@@ -198,6 +213,16 @@ def _load(ref, begin, size: int):
     begin = jnp.minimum(begin, ref.shape[0] - size)
     x = plgpu.load(ref.at[pl.ds(begin, size)], layout=layout, optimized=False)
     return x, begin + plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+
+
+def _alone(s: Schedule, teams: int, work, there):
+    """Which rows take longer than the mean of all that so many teams have to do.
+
+    Beside such a row a team has nothing to do, and the others still have less than the mean.
+    """
+    halves = 2 * work + int(2 * OF_ROW)  # whole numbers
+    every = s.copies * jnp.where(there, halves, 0).sum()
+    return halves * dataclasses.replace(s, teams=teams).staying > every
 
 
 def _pieces(work, share):

@@ -4,10 +4,11 @@ The GPU hands thread blocks out in order, each as soon as a multiprocessor is fr
 that does several tiles hides the loads of the next behind the current one, but many of them of
 equal length leave multiprocessors idle at the end: so one for each multiprocessor does most of the
 tiles, and thread blocks of one tile for each of their teams, handed out to whoever is done, even
-out the rest. Of few rows each, those that stay do all, since a thread block of one tile hides
-nothing. The long rows of every head start first, and are cut where one of them would outlast
+out the rest. The long rows of every head start first, and are cut where one of them would outlast
 everything else; the other rows of a head run together, since they share its columns in the L2
-cache. Where the work of rows is known without the data, all of them are dealt beforehand, evenly.
+cache. Few rows for each are all done by thread blocks that stay, for one of a single tile hides
+nothing: in order of length and back again, so that each gets long ones and short ones. Where the
+work of rows is known without the data, all of them are dealt beforehand, evenly.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ from sparsax.pallas.hopper import multiprocessors
 LONG = 32  # units: where no list is longer, rows stay whole
 PIECES = 4  # a row is cut into pieces of this fraction of what one multiprocessor does
 OF_ROW = 1.5  # units that a row costs besides its list, by measurement with 64 features
-STAY = 4  # rows for each team at most of which none is left to teams that pass
+STAY = 4  # rows for each multiprocessor: up to so many, teams that stay do all
+HEADER = 3  # numbers before the fields of a table: added pieces, and rows done alone by teams
 EARLY = 8  # this fraction of each head's rows, the longest ones, is done before all others
 
 
@@ -96,7 +98,10 @@ class Schedule:
             return 0
         if self.longest * multiprocessors() <= self.expected.units * self.owners * self.copies:
             return 0
-        return PIECES * multiprocessors() // self.copies
+        most = PIECES * multiprocessors() // self.copies
+        # Where there are several for each, rows of up to twice the mean length even out uncut.
+        several = self.rows * self.copies >= 2 * multiprocessors()
+        return min(most, self.rows // 2) if several else most
 
     @property
     def beforehand(self) -> bool:
@@ -118,8 +123,8 @@ class Schedule:
 
     @property
     def stay(self) -> bool:
-        """Whether teams that stay do all there is, long ones and short ones in turn."""
-        few = self.rows * self.copies <= STAY * self.teams * multiprocessors()
+        """Whether teams that stay do all there is; all rows are ranked together then."""
+        few = self.rows * self.copies <= STAY * multiprocessors()
         return few and not self.beforehand
 
     @property
@@ -139,7 +144,10 @@ class Schedule:
 
     @property
     def dealt(self) -> int:
-        """Items of each team that stays, at most; a multiprocessor has those of a thread block."""
+        """Items of each team that stays; each multiprocessor has those of one thread block.
+
+        Of few rows these are the most that any has, if all share alike.
+        """
         if self.beforehand:
             return 1 if self.single else len(self.hands())
         if self.stay:
@@ -201,12 +209,18 @@ class Schedule:
         there = (slot < self.dealt) & (team < self.staying)
         return jnp.where(there, table[jnp.minimum(place, self.dealt * self.staying - 1)], -1)
 
-    def read(self, team, slot, seen, table, added, extra):
+    def header(self, table):
+        """Of the table: added pieces, and teams that do a long row and nothing else."""
+        if self.beforehand:
+            return None
+        return table[0], table[self.teams] * self.copies if self.stay else None
+
+    def read(self, team, slot, seen, table, header, extra):
         """What `item` makes item number `slot` of a team of.
 
-        From a reference to what `deal` wrote; `added` is its first number, and `seen` what `look`
-        saw. Of rows that are dealt beforehand `extra`, the last fields, are read where they are.
-        Nothing here waits for what is read.
+        From a reference to what `deal` wrote; `header` is its own, and `seen` what `look` saw. Of
+        rows that are dealt beforehand `extra`, the last fields, are read where they are. Nothing
+        here waits for what is read.
         """
         if self.beforehand:
             seen = jnp.where(team < self.rows * self.copies, team, -1) if self.single else seen
@@ -215,13 +229,23 @@ class Schedule:
             owner, row = index // self.tiles, lax.rem(index, jnp.int32(self.tiles))
             whole = index, jnp.int32(0), jnp.int32(self.longest), jnp.int32(-1)
             return seen >= 0, copy, *whole, *(x[owner, row] for x in extra)
+        added, alone = header
+        if self.stay:
+            rest = self.staying - alone  # teams that do several
+            back = jnp.where(slot % 2 == 1, rest - 1 - (team - alone), team - alone)
+            place = jnp.where(slot == 0, team, self.staying + (slot - 1) * rest + back)
+            there = (place < (added + self.rows) * self.copies) & ((slot == 0) | (team >= alone))
+            place = jnp.where(there, place, 0)
+            index, copy = place // self.copies, lax.rem(place, jnp.int32(self.copies))
+            index = jnp.where(index < added, index, self.extra + index - added)
+            return there, copy, *self._fields(table, index, 4 + len(extra))
         dealt, ahead = self.dealt * self.staying, self.owners * self.copies
         # Folded, so that a team gets long and short ones.
         fold = jnp.where(slot % 2 == 1, self.staying - 1 - team, team) + slot * self.staying
         stays = team < self.staying
         place = jnp.where(stays, fold, dealt + team - self.staying + slot * self.passing)
         pieces = added * self.copies  # the added ones, which come before all rows
-        there = (slot < self._slots(stays, added)) & (place < pieces + self.rows * self.copies)
+        there = (slot < self.slots(team, header)) & (place < pieces + self.rows * self.copies)
         if self.teams > 1:
             there &= team < self.staying + self.passing
         place = jnp.where(there, place, 0)
@@ -236,8 +260,10 @@ class Schedule:
         copy = jnp.where(is_early, copy, later // (late * self.owners))
         index = self.extra + owner * self.tiles + rank
         index = jnp.where(place < pieces, place // self.copies, index)
-        count = self.extra + self.rows
-        return there, copy, *(table[1 + i * count + index] for i in range(4 + len(extra)))
+        return there, copy, *self._fields(table, index, 4 + len(extra))
+
+    def _fields(self, table, index, many: int):
+        return (table[HEADER + i * (self.extra + self.rows) + index] for i in range(many))
 
     def item(self, there, copy, row, first, last, part, *more) -> Item:
         """An item from what `read` gives."""
@@ -246,11 +272,14 @@ class Schedule:
             first, jnp.where(there, last, first), part, tuple(jnp.where(there, x, 0) for x in more),
         )  # fmt: skip
 
-    def _slots(self, stays, added):
+    def slots(self, team, header):
         """Items of a team, at most."""
         if self.stay:
-            return ((added + self.rows) * self.copies + self.staying - 1) // self.staying
-        return jnp.where(stays, jnp.int32(self.dealt), jnp.int32(self.left))
+            added, alone = header
+            rest = self.staying - alone
+            later = jnp.maximum((added + self.rows) * self.copies - self.staying, 0)
+            return jnp.where(team < alone, 1, 1 + lax.div(later + rest - 1, rest))
+        return jnp.where(team < self.staying, jnp.int32(self.dealt), jnp.int32(self.left))
 
     def each(self, team, table, visit, carry, extra=()):
         """`visit(item, carry)` for the items of a team, each read one ahead if there are several.
@@ -259,9 +288,9 @@ class Schedule:
         """
         if self.single:  # no loop, which would hold what comes next in registers
             return visit(self.item(*self.read(team, 0, None, table, None, extra)), carry)
-        added = None if self.beforehand else table[0]
+        header = self.header(table)
         look = lambda slot: self.look(team, slot, table)
-        read = lambda slot, seen: self.read(team, slot, seen, table, added, extra)
+        read = lambda slot, seen: self.read(team, slot, seen, table, header, extra)
 
         def go(slot, state):
             seen, fields, carry = state
@@ -270,7 +299,7 @@ class Schedule:
 
         first, second = jnp.int32(0), jnp.int32(1)
         start = look(second), read(first, look(first)), carry
-        return lax.fori_loop(0, self._slots(team < self.staying, added), go, start)[2]
+        return lax.fori_loop(0, self.slots(team, header), go, start)[2]
 
 
 @functools.lru_cache
