@@ -26,6 +26,7 @@ from sparsax.pallas.hopper import LOG2E
 from sparsax.pallas.listed import Listed, put
 from sparsax.pallas.support import vary
 
+CACHE = 40 * 2**20  # bytes; an H100's and an H200's L2 cache is of 50 MB
 FEW_LISTS = 64  # of a head, by row and by column, that a kernel reads for each row tile
 
 
@@ -211,8 +212,10 @@ def _of_keys(
     of_rows = tuple(each * lists_of_row for each in expected.of_rows)
     expected = Expected(expected.units * lists_of_row, of_rows)
     # Columns of a pattern differ more in length than its rows: more is left to even them out.
-    schedule = Schedule(samples * owners, rows, copies, longest, expected, twentieths=18)
-    schedule = schedule.in_any_order()
+    schedule = Schedule(
+        samples * owners, rows, copies, longest, expected, twentieths=18,
+        cached=_cached(problem, problem.q_rows, problem.N),
+    ).in_any_order()  # fmt: skip
     if count.shape[1] > 1:  # several lists a row: their work is added up
         count, block = units(jnp.clip(count, 0, lists.cols.shape[-1]), block).sum(1), ROWS
     count = count.reshape(samples * owners, rows)
@@ -260,7 +263,15 @@ def _schedule(problem: Problem, rows: int, width: int, expected: Expected, teams
     """Of so many row tiles a head, with lists of so many entries."""
     copies = problem.B // problem.samples * (problem.N // problem.P)
     longest = units(width, problem.block_kv)
-    return Schedule(problem.owners, rows, copies, longest, expected, teams).in_any_order()
+    cached = _cached(problem, problem.kv_rows, problem.K)
+    schedule = Schedule(problem.owners, rows, copies, longest, expected, teams, cached=cached)
+    return schedule.in_any_order()
+
+
+def _cached(problem: Problem, length: int, heads: int) -> bool:
+    """Whether the L2 cache holds two arrays of columns, of all positions, samples and heads."""
+    elements = problem.B * length * heads * problem.H
+    return 2 * elements * jnp.dtype(problem.dtype).itemsize <= CACHE
 
 
 def _masked(problem: Problem, by_query: TileLists) -> bool:

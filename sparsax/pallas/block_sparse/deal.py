@@ -31,11 +31,11 @@ def deal(
     `entries` are those of each row's list of blocks of so many columns, which is walked so many
     times; below 0 they are no work. `extra` is what else its kernel wants to know of a row; with
     `every` the last of it are its entries, `INVALID` where a list of its head is not to be used.
-    The table is the number of added pieces; for one and for two teams of a thread block, how many
-    rows are so long that a team should do nothing else, if few rows are dealt and none is cut; and
-    then fields: of the pieces, and of rows from the longest to the shortest, of each head or, if
-    they are few, of all together. Of rows that are dealt beforehand it is `Schedule.hands`, of
-    single ones a number that nobody reads.
+    The table is the number of added pieces, if rows may be cut; for one and for two teams of a
+    thread block, how many rows are so long that a team should do nothing else, if few rows are
+    dealt and none may be cut; and then fields: of the pieces, and of rows from the longest to the
+    shortest, of each head or, if they are few, of all together. Of rows that are dealt beforehand
+    it is `Schedule.hands`, of single ones a number that nobody reads.
 
     Every thread block adds up all work for itself, so that none waits for another.
     """
@@ -124,7 +124,6 @@ def deal(
 
             @pl.when(is_first)
             def _():
-                table[0] = 0
                 for teams in (1, 2) if s.stay else ():
                     table[teams] = jnp.where(with_it & _alone(s, teams, own, with_it), 1, 0).sum()
 
@@ -152,8 +151,6 @@ def deal(
         @pl.when(is_first)
         def _():
             table[0] = many
-            for teams in (1, 2):
-                table[teams] = 0
 
     scratch: dict[str, Any] = {"smem": None, "bar": None}
     if short := sum(x.size < THREADS for x in counts):

@@ -27,7 +27,8 @@ from sparsax.pallas.hopper import multiprocessors
 LONG = 32  # units: where no list is longer, rows stay whole
 PIECES = 4  # a row is cut into pieces of this fraction of what one multiprocessor does
 OF_ROW = 1.5  # units that a row costs besides its list, by measurement with 64 features
-STAY = 4  # rows for each multiprocessor: up to so many, teams that stay do all
+STAY = 4  # rows for each multiprocessor: up to so many, teams that stay do all; by measurement
+STAY_CACHED = 8  # the same where heads need not take turns for their columns to be in the L2 cache
 HEADER = 3  # numbers before the fields of a table: added pieces, and rows done alone by teams
 EARLY = 8  # this fraction of each head's rows, the longest ones, is done before all others
 
@@ -81,6 +82,7 @@ class Schedule:
     teams: int = 1  # of a thread block, which do their row tiles on their own
     twentieths: int = 19  # of all row tiles, which teams that stay do
     single: bool = False  # whether no team has more than one row: nothing is dealt
+    cached: bool = False  # whether the L2 cache holds the columns of all heads
 
     @property
     def rows(self) -> int:
@@ -124,8 +126,8 @@ class Schedule:
     @property
     def stay(self) -> bool:
         """Whether teams that stay do all there is; all rows are ranked together then."""
-        few = self.rows * self.copies <= STAY * multiprocessors()
-        return few and not self.beforehand
+        most = STAY_CACHED if self.cached else STAY
+        return self.rows * self.copies <= most * multiprocessors() and not self.beforehand
 
     @property
     def items(self) -> int:
@@ -213,7 +215,9 @@ class Schedule:
         """Of the table: added pieces, and teams that do a long row and nothing else."""
         if self.beforehand:
             return None
-        return table[0], table[self.teams] * self.copies if self.stay else None
+        if self.extra:
+            return table[0], 0
+        return 0, table[self.teams] * self.copies if self.stay else 0
 
     def read(self, team, slot, seen, table, header, extra):
         """What `item` makes item number `slot` of a team of.
@@ -231,10 +235,10 @@ class Schedule:
             return seen >= 0, copy, *whole, *(x[owner, row] for x in extra)
         added, alone = header
         if self.stay:
-            rest = self.staying - alone  # teams that do several
+            rest = self.staying - alone  # teams that may have a second item
             back = jnp.where(slot % 2 == 1, rest - 1 - (team - alone), team - alone)
             place = jnp.where(slot == 0, team, self.staying + (slot - 1) * rest + back)
-            there = (place < (added + self.rows) * self.copies) & ((slot == 0) | (team >= alone))
+            there = place < (added + self.rows) * self.copies
             place = jnp.where(there, place, 0)
             index, copy = place // self.copies, lax.rem(place, jnp.int32(self.copies))
             index = jnp.where(index < added, index, self.extra + index - added)
@@ -276,7 +280,7 @@ class Schedule:
         """Items of a team, at most."""
         if self.stay:
             added, alone = header
-            rest = self.staying - alone
+            rest = jnp.int32(self.staying - alone)
             later = jnp.maximum((added + self.rows) * self.copies - self.staying, 0)
             return jnp.where(team < alone, 1, 1 + lax.div(later + rest - 1, rest))
         return jnp.where(team < self.staying, jnp.int32(self.dealt), jnp.int32(self.left))
