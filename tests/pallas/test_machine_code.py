@@ -22,8 +22,8 @@ pytestmark = [
 # Bytes that the kernels of (head dim, masked) may spill, 0 where nothing is said. The masked loop
 # of a kernel spills around the arithmetic of the mask, and where a row's sums are held beside the
 # first tile of the next row; 256 features do not fit in the registers. What is read ahead of the
-# next row takes its share: rows that are not dealt out have nothing to read ahead. They are those of
-# few heads, FEW; of MANY the last ones are left to thread blocks that do one each.
+# next row takes its share: rows that are not dealt out, of FEW heads, have nothing to read ahead.
+# Of MANY, the last ones are left to thread blocks that do one each.
 FEW, DEALT, MANY = 4, 64, 160
 SPILLS = {
     (32, True): {"dq": 232, "dkv": 20},
