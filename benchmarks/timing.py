@@ -126,7 +126,8 @@ def replayed_milliseconds(run, *, repeats: int = 5) -> float:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # JAX, in threads of its own, may free memory meanwhile, which must not end the recording.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(UNROLLED):
             made = run()
     for tensor in made:
