@@ -2,6 +2,7 @@
 
     python benchmarks/attention_gpu.py --flex 1024 2048 4096 8192 16384 32768 --flash4 16384   # GPU
     python benchmarks/attention_balance.py                 # anywhere: attention_balance.json
+    python benchmarks/attention_schedule_gpu.py            # on the GPU: attention_schedule_gpu.json
     python benchmarks/score_map_gpu.py                     # on the GPU: results/score_map_gpu.json
     python benchmarks/profile_gpu.py                       # on the GPU: results/profile_gpu.json
     python benchmarks/training_curves_gpu.py --data FOLDER # on the GPU: training_curves_text.json
@@ -19,6 +20,7 @@ from pathlib import Path
 import kernel_waits
 import launch_tables
 import numpy as np
+import schedule_tables
 from gpu import BLOCK
 from harness import RESULTS
 from matplotlib.figure import Figure
@@ -28,14 +30,6 @@ DENSITY = 0.1  # of the crossover and of the picture
 SHARE = f"{100 * DENSITY:.0f} %"
 PEERS = {"dense": "dense", "flex": "Flex", "flash4": "FA4"}
 KINDS = {"forward_ms": ("forward", 2), "both_ms": ("forward + backward", 7)}  # products of each
-
-BALANCE = """Arithmetic, not a measurement: thread blocks go to 132 multiprocessors, each to the
-first that is free, and take as long as their lists of blocks (and 1.5 more a row). Shares are the
-mean work of a multiprocessor over that of the last one to end. A thread block for each row tile,
-head after head, waits for columns that all queries attend to; so do sorted ones where few columns
-are that long. The kernels deal the long ones first and cut what would outlast everything else
-into pieces, whose sums a second kernel adds in a fixed order. Of a single head there is little
-else to do meanwhile."""
 
 
 def ratio(row: dict, peer: str, kind: str) -> float | None:
@@ -206,17 +200,6 @@ def picture(rows: list[dict]) -> Figure:
     return figure
 
 
-def balance(rows: list[dict]) -> str:
-    """How busy multiprocessors are, by how row tiles are dealt."""
-    ways = {"in_order": "in order", "longest_first": "longest first", "dealt": "as the kernels do"}
-    cells = [
-        [row["pattern"], row["walked"], str(row["longest"]), f"{row['median']:g}",
-         *(f"{100 * row[way]:.0f} %" for way in ways)]
-        for row in rows
-    ]  # fmt: skip
-    return table(["pattern", "lists of", "longest", "median", *ways.values()], cells)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS / "attention_gpu.json")
@@ -244,8 +227,15 @@ def main() -> None:
     ]  # fmt: skip
     if even := read("attention_balance", args.results.parent):
         text += [
-            "## How evenly rows are dealt", origin("attention_balance", even), BALANCE,
-            balance(even["rows"]),
+            "## How evenly rows are dealt",
+            origin("attention_balance", even), schedule_tables.BALANCE,
+            schedule_tables.balance(even["rows"]),
+        ]  # fmt: skip
+    if stay := read("attention_schedule_gpu", args.results.parent):
+        text += [
+            "### Few rows stay",
+            origin("attention_schedule_gpu", stay), schedule_tables.STAY,
+            schedule_tables.stay(stay["rows"]),
         ]  # fmt: skip
     for features in sorted({row["features"] for row in rows}):
         own = [row for row in rows if row["features"] == features]
