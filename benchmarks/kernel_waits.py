@@ -32,7 +32,7 @@ TEXT = (
     "tokens and a density of 10 %; `few`, its band of three blocks alone, 2 %; `qds`, compound "
     "attention of 64 features and 2,048 tokens ([docs/compound.md](compound.md)); and dense cuDNN. "
     "`short` is such a band of 1,024 tokens, 34 %, `middle` `spion` of 4,096, 9 %; `flex` is "
-    "FlexAttention of the same. "
+    "FlexAttention of the same; ours of 4,096 are from before few rows stayed (see above). "
     "Shares are of a pipe's peak while the kernel ran, and of the cycles in which a scheduler "
     "could issue an instruction; cycles are what an average warp, the copying ones among them, "
     "spends on each reason from one instruction to the next. Lesser reasons have no column."
@@ -61,9 +61,9 @@ SAID_OF_FLASH4 = (
     "three kernels, five products, and has the tensor cores busy for 48 % of the longest; ours "
     "takes 1,102 in two, seven products, with 72 and 85 %. With 64 features it takes 772, with 40 "
     "%, and ours, by the table above, 667. So launch by launch ours are ahead, and in the tables "
-    "of times a tie is left: both passes with 128 features take 1.16 times what our kernels do "
+    "of times a tie is left: both passes with 128 features take 1.17 times what our kernels do "
     "here, with those that deal rows out, join pieces and compute delta as the tables' own run has "
-    "them, and 1.04 times FlashAttention-4's. Gaps between our ten launches are a part of that; "
+    "them, and 1.04 times FlashAttention-4's. Gaps between our nine launches are a part of that; "
     "clocks that fall where tensor cores are busy for longer may be the rest, and were not read."
 )
 
