@@ -16,15 +16,15 @@ from tests.pallas.test_machine_code import pytestmark as pytestmark
 SPILLS = {
     32: {"dq": 76, "dkv": 56},
     64: {"forward": 92},
-    96: {"forward": 72, "dkv": 96},
-    128: {"forward": 84, "dq": 60, "dkv": 244},
+    96: {"forward": 72, "dkv": 108},
+    128: {"forward": 96, "dq": 60, "dkv": 244},
 }
 # Without a rule.
 OF_BITS = {
-    32: {"dq": 8, "dkv": 16},
-    64: {"dq": 68},
-    96: {"forward": 4, "dkv": 52},
-    128: {"forward": 4, "dq": 4, "dkv": 244},
+    32: {"dq": 20, "dkv": 20},
+    64: {"dq": 76},
+    96: {"forward": 4, "dkv": 64},
+    128: {"forward": 4, "dq": 24, "dkv": 244},
 }
 
 
