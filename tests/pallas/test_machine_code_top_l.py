@@ -11,7 +11,7 @@ from tests.pallas.test_machine_code import SERIALISED, SPILL
 from tests.pallas.test_machine_code import pytestmark as pytestmark
 
 # Bytes that the kernels of a head dim may spill, 0 where nothing is said.
-SPILLS = {64: {"forward": 4}, 96: {"dkv": 76}, 128: {"dkv": 200}}
+SPILLS = {64: {"forward": 4}, 96: {"dkv": 76}, 128: {"dkv": 200, "dq": 104}}
 
 
 @pytest.mark.parametrize("causal", [False, True])
