@@ -19,7 +19,7 @@ HELD = 2**25  # bytes of results that wait to be read
 SPAN, MOST = 0.05, 200  # seconds that are timed at once, and runs that queue up for it
 
 
-def repeated(function, calls: int, unrolled: int = UNROLLED):
+def repeated(function, calls: int, unrolled: int = UNROLLED, *, results: bool = False):
     """A jitted function that calls `function` so often, one call after the other.
 
     As in a training step, the host is out of the way: it would take longer to dispatch a call than
@@ -28,6 +28,8 @@ def repeated(function, calls: int, unrolled: int = UNROLLED):
     that XLA can take none of the work out of the loop, make one of two calls, or compute less than
     all results. A kernel of some 2 us reads an element of each result of as many calls as fit in
     `HELD` bytes, or of one.
+
+    It returns a number; with `results`, also what the last call did.
     """
     function = jax.jit(function)  # lowered once for all calls of a step
 
@@ -41,17 +43,20 @@ def repeated(function, calls: int, unrolled: int = UNROLLED):
             return before + sum(x[(0,) * x.ndim].astype(np.float32) for x in results)
 
         def step(before, number):
-            results = []
+            made, last = [], None
             for i in range(number):
-                of_call, before, results = jax.lax.optimization_barrier((args, before, results))
-                results += jax.tree.leaves(function(*of_call))
+                of_call, before, made = jax.lax.optimization_barrier((args, before, made))
+                last = function(*of_call)
+                made += jax.tree.leaves(last)
                 if i % at_once == at_once - 1:
-                    before, results = read(before, results), []
-            return read(before, results)
+                    before, made = read(before, made), []
+            return read(before, made), last
 
-        steps, rest = divmod(calls, unrolled)
-        body = lambda before, _: (step(before, unrolled), None)
-        return step(jax.lax.scan(body, jnp.float32(0), length=steps)[0], rest)
+        steps = (calls - 1) // unrolled
+        body = lambda before, _: (step(before, unrolled)[0], None)
+        before, _ = jax.lax.scan(body, jnp.float32(0), length=steps)
+        read_last = step(before, calls - steps * unrolled)
+        return read_last if results else read_last[0]
 
     return run
 

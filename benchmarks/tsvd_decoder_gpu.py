@@ -19,7 +19,7 @@ from flax import nnx
 from language import halve, use_flash
 from resumed import Rows
 from timing import milliseconds
-from tsvd_gpu import common, tiled
+from tsvd_ways import common, tiled
 
 from sparsax import CommonFactors, TiledFactors, pallas
 from sparsax.nn import (

@@ -19,7 +19,7 @@ from functools import partial
 import jax
 from resumed import Rows
 from timing import kernels
-from tsvd_gpu import draw, relative_error, tiled, times_tiled
+from tsvd_ways import draw, relative_error, tiled, times_tiled
 
 from sparsax import pallas
 from sparsax.pallas.grouped_matmul import product

@@ -51,7 +51,7 @@ class Tiling:
         (_, size, _, rank), width = u.shape, v.shape[3]
         if rank % 16 or rank > RANK or width not in WIDTHS or size % DEPTH:
             return None
-        tilings = (Tiling(stages, n) for n in (2, 1) for stages in (6, 4, 3, 2))
+        tilings = (Tiling(stages, n) for n in (2, 1) for stages in (8, 6, 4, 3, 2))
         return next((t for t in tilings if t.bytes(rank, width) <= SHARED_BYTES), None)
 
     def bytes(self, rank: int, width: int) -> int:
@@ -114,14 +114,19 @@ def _kernel(x, u, v, interpret):
         def multiply():
             plgpu.set_max_registers(232, action="increase")
 
-            def tile(n, acc):
-                p = zeros((WG_ROWS, rank), MATRIX)
-                for chunk in range(chunks):
+            def hidden(n):
+                """`x u` of a tile."""
+
+                def operands(chunk):
                     step = n * chunks + chunk
                     ring.wait(step)
-                    operands = x_smem.at[ring.slot(step)], u_smem.at[ring.slot(step)]
-                    p = cores.start([(p, *operands)], lambda get: get())
-                    cores.release(ring, step)
+                    return x_smem.at[ring.slot(step)], u_smem.at[ring.slot(step)]
+
+                release = lambda chunk: ring.release(n * chunks + chunk)
+                return cores.sum_beside((WG_ROWS, rank), chunks, operands, release, lambda: None)
+
+            def tile(n, acc):
+                p = hidden(n)
                 v_ring.wait(n)
                 own = v_smem.at[v_ring.slot(n), wg]
                 acc = cores.start([(acc, p.astype(x.dtype), own)], lambda get: get())
