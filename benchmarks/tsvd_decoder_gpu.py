@@ -6,7 +6,8 @@ bfloat16, random weights of the right shapes: what is computed is the same. All 
 blocks are factored, embeddings and attention are not. Prefill is one pass over `--batch` sequences
 of `--length`, with the logits of the last token alone. Decoding writes tokens one after the other
 inside one program, with a cache of keys and values, for each of `--decode` sequences at a time.
-Bytes are those of the parameters, and what XLA reserves beside them in prefill.
+Factors run through XLA, and as they do by themselves: through the kernels where these were measured
+to be ahead. Bytes are those of the parameters, and what XLA reserves beside them in prefill.
 """
 
 import argparse
@@ -52,7 +53,7 @@ class Once(nnx.Module):
         return call(*nnx.split(self.layer), x)
 
 
-def own_factors(linear, ratio: float, size: int, implementation: str):
+def own_factors(linear, ratio: float, size: int, implementation: str | None):
     """A factored layer in the place of a dense one."""
     kernel, bias, rest = read_linear(linear)
     factors = TiledFactors(*tiled(size, ratio, *kernel.shape, 0), pad_in=0, pad_out=0)
@@ -72,7 +73,7 @@ def ways(args) -> dict:
         own = lambda linear, which, ratio=ratio: own_factors(linear, ratio, args.tile, which)
         found["tsvd xla", ratio] = functools.partial(own, which="xla")
         if pallas.on_hopper():
-            found["tsvd pallas", ratio] = functools.partial(own, which="pallas")
+            found["tsvd", ratio] = functools.partial(own, which=None)
         found["common", ratio] = functools.partial(common_factor, ratio=ratio, size=128)
     return {("dense", 1.0): None} | found
 

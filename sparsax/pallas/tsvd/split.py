@@ -35,13 +35,15 @@ from sparsax.pallas.tsvd.fused import lined
 ROWS = WG_ROWS  # the most
 RANK = 128  # the largest
 WIDTHS = (128, 256, 512)  # of a tile; each warpgroup has half of its columns
-DEPTH = 64
+DEPTHS = (256, 128, 64)  # of a step: a copy takes as long to issue, whatever it brings
+TEAMS = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Slots for `DEPTH` rows of u, and for tiles of v."""
+    """Slots for `depth` rows of u, and for tiles of v."""
 
+    depth: int
     stages: int
     v_stages: int
 
@@ -49,35 +51,41 @@ class Tiling:
     def of(u, v) -> "Tiling | None":
         """The tiling for factors of such shapes, or None where the kernel has none."""
         (_, size, _, rank), width = u.shape, v.shape[3]
-        if rank % 16 or rank > RANK or width not in WIDTHS or size % DEPTH:
+        if rank % 16 or rank > RANK or width not in WIDTHS or size % DEPTHS[-1]:
             return None
-        tilings = (Tiling(stages, n) for n in (2, 1) for stages in (8, 6, 4, 3, 2))
+        depths = [depth for depth in DEPTHS if size % depth == 0]
+        tilings = (
+            Tiling(depth, stages, n)
+            for n in (2, 1) for depth in depths
+            for stages in (6, 4, 3, 2) if stages * depth <= 512
+        )  # fmt: skip
         return next((t for t in tilings if t.bytes(rank, width) <= SHARED_BYTES), None)
 
     def bytes(self, rank: int, width: int) -> int:
         """What a thread block needs of shared memory for 16-bit arrays, barriers apart."""
-        steps = self.stages * DEPTH * (WG_ROWS + rank)
+        steps = self.stages * self.depth * (WG_ROWS + rank)
         return 2 * (steps + self.v_stages * rank * width) + 4 * COMPUTE * WG_ROWS * CHUNK
 
 
-def forward(x, u, v, bias, *, activation: str | None, interpret=None):
+def forward(x, u, v, bias, *, activation: str | None, interpret=None, tiling: Tiling | None = None):
     """`activation(x w + bias)` `[M, J*C]`, w given by the factors of its tiles; M at most 64."""
     rows = x.shape[0]
     assert rows <= ROWS
     x = jnp.pad(x, ((0, -rows % 8), (0, 0)))  # copies take slabs of 8 rows
-    (parts,) = _kernel(x, u, v, interpret)(x, u, v)
+    tiling = tiling or Tiling.of(u, v)
+    assert tiling is not None
+    (parts,) = _kernel(x, u, v, tiling, interpret)(x, u, v)
     y = parts.sum(0)[:rows]
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return (y if activation is None else ACTIVATIONS[activation](y)).astype(x.dtype)
 
 
-def _kernel(x, u, v, interpret):
+def _kernel(x, u, v, tiling: Tiling, interpret):
     """A function of `(x, u, v)` that returns parts of the product `[S, M, J*C]`, float32."""
-    tiling = Tiling.of(u, v)
-    assert tiling is not None
     (num_in, size, num_out, rank), width, few = u.shape, v.shape[3], x.shape[0]
-    half, chunks, cores = width // COMPUTE, size // DEPTH, TensorCores(interpret is not None)
+    half, depth, cores = width // COMPUTE, tiling.depth, TensorCores(interpret is not None)
+    chunks = size // depth
     v_lines = rank if half < 256 else math.gcd(rank, 32)
     splits = max(1, min(num_in, multiprocessors() // num_out))
 
@@ -88,14 +96,14 @@ def _kernel(x, u, v, interpret):
         first = lax.div(split * num_in, jnp.int32(splits))
         count = lax.div((split + 1) * num_in, jnp.int32(splits)) - first  # one at least
 
-        @copying(wg)
-        def copy_tiles():
+        @copying(wg, teams=TEAMS)
+        def copy_tiles(*_):
             def fill(n, _):
                 for chunk in range(chunks):
-                    step, inner = n * chunks + chunk, pl.ds(chunk * DEPTH, DEPTH)
+                    step, inner = n * chunks + chunk, pl.ds(chunk * depth, depth)
                     slot = ring.slot(step)
                     ring.reserve(step)
-                    own = x_ref.at[:, pl.ds((first + n) * size + chunk * DEPTH, DEPTH)]
+                    own = x_ref.at[:, pl.ds((first + n) * size + chunk * depth, depth)]
                     goal = x_smem.at[slot, pl.ds(0, few)]
                     plgpu.copy_gmem_to_smem(own, goal, ring.filled.at[slot])
                     part = u_ref.at[first + n, inner, j]
@@ -114,19 +122,14 @@ def _kernel(x, u, v, interpret):
         def multiply():
             plgpu.set_max_registers(232, action="increase")
 
-            def hidden(n):
-                """`x u` of a tile."""
-
-                def operands(chunk):
+            def tile(n, acc):
+                p = zeros((WG_ROWS, rank), MATRIX)
+                for chunk in range(chunks):
                     step = n * chunks + chunk
                     ring.wait(step)
-                    return x_smem.at[ring.slot(step)], u_smem.at[ring.slot(step)]
-
-                release = lambda chunk: ring.release(n * chunks + chunk)
-                return cores.sum_beside((WG_ROWS, rank), chunks, operands, release, lambda: None)
-
-            def tile(n, acc):
-                p = hidden(n)
+                    operands = x_smem.at[ring.slot(step)], u_smem.at[ring.slot(step)]
+                    p = cores.start([(p, *operands)], lambda get: get())
+                    cores.release(ring, step)
                 v_ring.wait(n)
                 own = v_smem.at[v_ring.slot(n), wg]
                 acc = cores.start([(acc, p.astype(x.dtype), own)], lambda get: get())
@@ -145,8 +148,9 @@ def _kernel(x, u, v, interpret):
     return launch(
         kernel, "tsvd_split", splits * num_out,
         (jax.ShapeDtypeStruct((splits, few, num_out * width), jnp.float32),), interpret,
-        x_smem=lined((tiling.stages, WG_ROWS, DEPTH), x.dtype, rank),
-        u_smem=lined((tiling.stages, DEPTH, rank), x.dtype, rank),
+        teams=TEAMS,
+        x_smem=lined((tiling.stages, WG_ROWS, depth), x.dtype, rank),
+        u_smem=lined((tiling.stages, depth, rank), x.dtype, rank),
         v_smem=lined((tiling.v_stages, COMPUTE, rank, half), x.dtype, v_lines),
         y_smem=shared((COMPUTE, 1, WG_ROWS, CHUNK), jnp.float32),
         u_bars=Ring.barriers(tiling.stages, 2),
