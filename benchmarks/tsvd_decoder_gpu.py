@@ -13,6 +13,8 @@ to be ahead. Bytes are those of the parameters, and what XLA reserves beside the
 import argparse
 import functools
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from flax import nnx
 from language import halve, use_flash
 from resumed import Rows
 from timing import milliseconds
+from tqdm import tqdm
 from tsvd_ways import common, tiled
 
 from sparsax import CommonFactors, TiledFactors, pallas
@@ -115,23 +118,41 @@ def decode(model, tokens, count: int):
     return jax.lax.scan(step, start, jnp.arange(count))[1]
 
 
-def measure(args, way: str, ratio: float, replace) -> dict:
-    """Everything about one way to hold the weights."""
-    model = build(args, replace)
-    graph, state = nnx.split(model)
-    row = {"way": way, "ratio": ratio, "size": args.size, "tile": args.tile}
-    row["parameter_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    tokens = jnp.zeros((args.batch, args.length), jnp.int32)
-    run = jax.jit(lambda state, tokens: prefill(nnx.merge(graph, state), tokens))
-    memory = run.lower(state, tokens).compile().memory_analysis()
-    row["prefill_bytes"] = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    ms = milliseconds(run, state, tokens, calls=1)
-    row |= {"prefill_ms": ms, "prefill_tokens_per_second": tokens.size / ms * 1e3, "decode": {}}
-    write = jax.jit(lambda state, first: decode(nnx.merge(graph, state), first, args.tokens))
-    for batch in args.decode:
-        ms = milliseconds(write, state, jnp.zeros(batch, jnp.int32), calls=1, repeats=3)
-        row["decode"][batch] = batch * args.tokens / ms * 1e3
-    return row
+class Programs(NamedTuple):
+    """A model's compiled programs: one of prefill, one for each number of sequences."""
+
+    state: nnx.State
+    prefill: Future
+    decode: dict[int, Future]
+
+    @classmethod
+    def of(cls, pool, args, replace) -> "Programs":
+        """Those of one way to hold the weights; a pool compiles them."""
+        graph, state = nnx.split(build(args, replace))
+        run = jax.jit(lambda state, tokens: prefill(nnx.merge(graph, state), tokens))
+        write = jax.jit(lambda state, first: decode(nnx.merge(graph, state), first, args.tokens))
+        compiled = lambda function, *shape: pool.submit(
+            function.lower(state, jax.ShapeDtypeStruct(shape, jnp.int32)).compile
+        )
+        decoding = {batch: compiled(write, batch) for batch in args.decode}
+        return cls(state, compiled(run, args.batch, args.length), decoding)
+
+    def measured(self, args) -> dict:
+        """The parts of a row."""
+        parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+        tokens, run = jnp.zeros((args.batch, args.length), jnp.int32), self.prefill.result()
+        memory = run.memory_analysis()
+        ms = milliseconds(run, self.state, tokens, calls=1)
+        row = {
+            "parameter_bytes": parameter_bytes,
+            "prefill_bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
+            "prefill_ms": ms, "prefill_tokens_per_second": tokens.size / ms * 1e3, "decode": {},
+        }  # fmt: skip
+        for batch, write in self.decode.items():
+            first = jnp.zeros(batch, jnp.int32)
+            ms = milliseconds(write.result(), self.state, first, calls=1, repeats=3)
+            row["decode"][batch] = batch * args.tokens / ms * 1e3
+        return row
 
 
 def main() -> None:
@@ -153,11 +174,17 @@ def main() -> None:
     if args.quick:
         args.ratios, args.decode = args.ratios[:1], args.decode[:1]
     done = Rows(args.name, ("way", "ratio", "size", "tile"), resume=args.resume)
-    for (way, ratio), replace in ways(args).items():
-        if done.has(way=way, ratio=ratio, size=args.size, tile=args.tile):
-            continue
+    key = lambda way, ratio: {"way": way, "ratio": ratio, "size": args.size, "tile": args.tile}
+    missing = {which: way for which, way in ways(args).items() if not done.has(**key(*which))}
+    begin = time.perf_counter()
+    with ThreadPoolExecutor() as pool:  # all are compiled before any runs: launches want the host
+        programs = {
+            which: Programs.of(pool, args, way)
+            for which, way in tqdm(missing.items(), desc="compiling")
+        }
+    for (way, ratio), compiled in programs.items():
+        row = done.add(begin, key(way, ratio) | compiled.measured(args))
         begin = time.perf_counter()
-        row = done.add(begin, measure(args, way, ratio, replace))
         told = "  ".join(f"B={b} {rate:,.0f}" for b, rate in row["decode"].items())
         print(
             f"{way:12s} {ratio:.0f}x {row['parameter_bytes'] / 1e6:6.0f} MB  prefill "

@@ -19,14 +19,14 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from resumed import Rows, gpu
-from timing import UNROLLED, milliseconds, repeated
+from timing import UNROLLED, kernels, milliseconds, repeated
 from tsvd_ways import (
     KERNELS,
     ROUNDED,
@@ -50,41 +50,41 @@ def lowered(function, *makers):
     return function.lower(*jax.eval_shape(lambda: [x for make in makers for x in make()]))
 
 
-def one_call(pool, make, product, rows: int, k: int, n: int, calls: int):
-    """A function that gives the milliseconds of the layer, and what it returned.
+class Program(NamedTuple):
+    """A loop over calls of a layer, or of a chain of layers, that a pool compiles."""
 
-    What it needs is compiled in the pool, as in the next one.
-    """
-    makers = lambda: [draw(0, rows, k)], lambda: make(k, n, 2)
-    run = pool.submit(lowered(repeated(product, calls, results=True), *makers).compile)
-    given = lambda: [x for make in makers for x in make()]
-    return lambda repeats: timed(run.result(), given(), calls, repeats)
+    run: Future
+    given: Callable[[], list]  # makes the arguments
+    calls: int
+    layers: int
 
+    @classmethod
+    def of(cls, pool, make, product, rows: int, k: int, n: int, calls: int, layers: int):
+        """In a chain half of the layers are as they are, and half of them back again."""
+        shapes = [(k, n) if i % 2 == 0 else (n, k) for i in range(layers)]
+        weights = lambda: [make(*shape, 2 * i + 2) for i, shape in enumerate(shapes)]
+        product = jax.jit(product)  # compiled once for all layers of a shape: kernels take a while
 
-def in_a_chain(pool, make, product, rows: int, k: int, n: int, calls: int):
-    """The same of a layer in a chain, half of them as they are, half of them back again."""
-    shapes = [(k, n) if i % 2 == 0 else (n, k) for i in range(CHAINED)]
-    layers = lambda: [make(*shape, 2 * i + 2) for i, shape in enumerate(shapes)]
-    product = jax.jit(product)  # compiled once for all layers of a shape: kernels take a while
+        def chain(x, *layers):
+            for of_layer in layers:
+                x = product(x, *of_layer)
+            return x
 
-    def chain(x, *layers):
-        for weights in layers:
-            x = product(x, *weights)
-        return x
+        given = lambda: [draw(0, rows, k), *weights()]
+        looped = repeated(chain, calls, results=True)
+        lowered = looped.lower(*jax.eval_shape(given))  # nothing is made yet
+        return cls(pool.submit(lowered.compile), given, calls, layers)
 
-    start = lambda: [draw(0, rows, k)]
-    run = pool.submit(lowered(repeated(chain, calls, results=True), start, layers).compile)
+    def measured(self, repeats: int) -> tuple[float, jax.Array]:
+        """Milliseconds of a layer, and what the last one returned."""
+        run, given = self.run.result(), self.given()
+        ms = milliseconds(run, *given, calls=self.calls, repeats=repeats) / self.layers
+        return ms, jax.tree.leaves(run(*given)[1])[0]
 
-    def measure(repeats: int):
-        ms, result = timed(run.result(), [*start(), *layers()], calls, repeats)
-        return ms / CHAINED, result
-
-    return measure
-
-
-def timed(run, given, calls: int, repeats: int):
-    ms = milliseconds(run, *given, calls=calls, repeats=repeats)
-    return ms, jax.tree.leaves(run(*given)[1])[0]
+    def kernels(self) -> dict[str, float]:
+        """Milliseconds of each GPU kernel of a layer, by the profiler."""
+        found = kernels(self.run.result(), *self.given(), calls=1)
+        return {name: ms / self.calls / self.layers for name, ms in found.items()}
 
 
 def gradients(product):
@@ -101,8 +101,8 @@ class Programs(NamedTuple):
     """What measures everything about one layer, number of rows and compression, by way."""
 
     beside: dict[str, str]  # of the kernels: which way has their factors
-    forward: dict[str, Callable]
-    both: dict[str, Callable]
+    forward: dict[str, Program]
+    both: dict[str, Program]
 
     @classmethod
     def of(cls, pool, args, layer: str, rows: int, ratio: float) -> "Programs":
@@ -110,8 +110,8 @@ class Programs(NamedTuple):
         k, n = SHAPES[layer]
         few = rows <= args.chain
         steps = max(1, min(args.calls, 2**41 // (rows * k * n)) // UNROLLED)
-        time_one = partial(in_a_chain if few else one_call, pool)
-        compiled = lambda make, product: time_one(make, product, rows, k, n, UNROLLED * steps + 1)
+        shape = rows, k, n, UNROLLED * steps + 1, CHAINED if few else 1
+        compiled = lambda make, product: Program.of(pool, make, product, *shape)
         beside, forward = {}, {"dense": compiled(dense, jnp.matmul)}
         both = (
             {"dense": compiled(dense, gradients(jnp.matmul))} if args.backward and not few else {}
@@ -125,8 +125,8 @@ class Programs(NamedTuple):
                 beside[name] = portable
             forward[name] = compiled(make, product)
             if both and not name.startswith((*KERNELS[1:], "common-")):
-                kernels = partial(times_tiled, implementation="pallas")
-                function = gradients(kernels if name.startswith("products") else product)
+                pallas_way = partial(times_tiled, implementation="pallas")
+                function = gradients(pallas_way if name.startswith("products") else product)
                 both[name] = compiled(make, function)
         return cls(beside, forward, both)
 
@@ -135,14 +135,17 @@ class Programs(NamedTuple):
         most = ROUNDED * (
             CHAINED**0.5 if rows <= args.chain else 1
         )  # of a chain's layers, at random
-        found = {name: measure(args.repeats) for name, measure in self.forward.items()}
+        found = {name: run.measured(args.repeats) for name, run in self.forward.items()}
         errors = {
             name: relative_error(name, found[name][1], found[portable][1], most)
             for name, portable in self.beside.items()
         }
         row = {"errors": errors, "ms": {name: ms for name, (ms, _) in found.items()}}
         if self.both:
-            row["both_ms"] = {name: run(args.repeats)[0] for name, run in self.both.items()}
+            timed = {name: run.measured(args.repeats) for name, run in self.both.items()}
+            row["both_ms"] = {name: ms for name, (ms, _) in timed.items()}
+        if profiled := [name for name in args.profile if name in self.forward]:
+            row["kernels_ms"] = {name: self.forward[name].kernels() for name in profiled}
         return row
 
 
@@ -169,6 +172,7 @@ def main() -> None:
     parser.add_argument(
         "--backward", action="store_true", help="and the gradients, of single calls"
     )
+    parser.add_argument("--profile", nargs="+", default=[], help="ways whose kernels are told")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--beside", action="store_true", help="of others like it: take turns")

@@ -295,7 +295,8 @@ class TensorCores:
     ) -> jax.Array:
         """The sum of `a @ b` over a known number of steps; `meanwhile` runs beside the first ones.
 
-        Operands and `release` are those of `sums`, and up to two steps are in flight.
+        Operands and `release` are those of `sums`. Two steps are in flight beside the one that is
+        waited for, so a ring needs three slots: with two it would wait for itself.
         """
         ahead = min(2, steps)
 

@@ -35,15 +35,13 @@ from sparsax.pallas.tsvd.fused import lined
 ROWS = WG_ROWS  # the most
 RANK = 128  # the largest
 WIDTHS = (128, 256, 512)  # of a tile; each warpgroup has half of its columns
-DEPTHS = (256, 128, 64)  # of a step: a copy takes as long to issue, whatever it brings
-TEAMS = 1
+DEPTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Slots for `depth` rows of u, and for tiles of v."""
+    """Slots for `DEPTH` rows of u, and for tiles of v."""
 
-    depth: int
     stages: int
     v_stages: int
 
@@ -51,41 +49,35 @@ class Tiling:
     def of(u, v) -> "Tiling | None":
         """The tiling for factors of such shapes, or None where the kernel has none."""
         (_, size, _, rank), width = u.shape, v.shape[3]
-        if rank % 16 or rank > RANK or width not in WIDTHS or size % DEPTHS[-1]:
+        if rank % 16 or rank > RANK or width not in WIDTHS or size % DEPTH:
             return None
-        depths = [depth for depth in DEPTHS if size % depth == 0]
-        tilings = (
-            Tiling(depth, stages, n)
-            for n in (2, 1) for depth in depths
-            for stages in (6, 4, 3, 2) if stages * depth <= 512
-        )  # fmt: skip
+        tilings = (Tiling(stages, n) for n in (2, 1) for stages in (6, 4, 3, 2))
         return next((t for t in tilings if t.bytes(rank, width) <= SHARED_BYTES), None)
 
     def bytes(self, rank: int, width: int) -> int:
         """What a thread block needs of shared memory for 16-bit arrays, barriers apart."""
-        steps = self.stages * self.depth * (WG_ROWS + rank)
+        steps = self.stages * DEPTH * (WG_ROWS + rank)
         return 2 * (steps + self.v_stages * rank * width) + 4 * COMPUTE * WG_ROWS * CHUNK
 
 
-def forward(x, u, v, bias, *, activation: str | None, interpret=None, tiling: Tiling | None = None):
+def forward(x, u, v, bias, *, activation: str | None, interpret=None):
     """`activation(x w + bias)` `[M, J*C]`, w given by the factors of its tiles; M at most 64."""
     rows = x.shape[0]
     assert rows <= ROWS
     x = jnp.pad(x, ((0, -rows % 8), (0, 0)))  # copies take slabs of 8 rows
-    tiling = tiling or Tiling.of(u, v)
-    assert tiling is not None
-    (parts,) = _kernel(x, u, v, tiling, interpret)(x, u, v)
+    (parts,) = _kernel(x, u, v, interpret)(x, u, v)
     y = parts.sum(0)[:rows]
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return (y if activation is None else ACTIVATIONS[activation](y)).astype(x.dtype)
 
 
-def _kernel(x, u, v, tiling: Tiling, interpret):
+def _kernel(x, u, v, interpret):
     """A function of `(x, u, v)` that returns parts of the product `[S, M, J*C]`, float32."""
+    tiling = Tiling.of(u, v)
+    assert tiling is not None
     (num_in, size, num_out, rank), width, few = u.shape, v.shape[3], x.shape[0]
-    half, depth, cores = width // COMPUTE, tiling.depth, TensorCores(interpret is not None)
-    chunks = size // depth
+    half, chunks, cores = width // COMPUTE, size // DEPTH, TensorCores(interpret is not None)
     v_lines = rank if half < 256 else math.gcd(rank, 32)
     splits = max(1, min(num_in, multiprocessors() // num_out))
 
@@ -96,14 +88,14 @@ def _kernel(x, u, v, tiling: Tiling, interpret):
         first = lax.div(split * num_in, jnp.int32(splits))
         count = lax.div((split + 1) * num_in, jnp.int32(splits)) - first  # one at least
 
-        @copying(wg, teams=TEAMS)
-        def copy_tiles(*_):
+        @copying(wg)
+        def copy_tiles():
             def fill(n, _):
                 for chunk in range(chunks):
-                    step, inner = n * chunks + chunk, pl.ds(chunk * depth, depth)
+                    step, inner = n * chunks + chunk, pl.ds(chunk * DEPTH, DEPTH)
                     slot = ring.slot(step)
                     ring.reserve(step)
-                    own = x_ref.at[:, pl.ds((first + n) * size + chunk * depth, depth)]
+                    own = x_ref.at[:, pl.ds((first + n) * size + chunk * DEPTH, DEPTH)]
                     goal = x_smem.at[slot, pl.ds(0, few)]
                     plgpu.copy_gmem_to_smem(own, goal, ring.filled.at[slot])
                     part = u_ref.at[first + n, inner, j]
@@ -148,9 +140,8 @@ def _kernel(x, u, v, tiling: Tiling, interpret):
     return launch(
         kernel, "tsvd_split", splits * num_out,
         (jax.ShapeDtypeStruct((splits, few, num_out * width), jnp.float32),), interpret,
-        teams=TEAMS,
-        x_smem=lined((tiling.stages, WG_ROWS, depth), x.dtype, rank),
-        u_smem=lined((tiling.stages, depth, rank), x.dtype, rank),
+        x_smem=lined((tiling.stages, WG_ROWS, DEPTH), x.dtype, rank),
+        u_smem=lined((tiling.stages, DEPTH, rank), x.dtype, rank),
         v_smem=lined((tiling.v_stages, COMPUTE, rank, half), x.dtype, v_lines),
         y_smem=shared((COMPUTE, 1, WG_ROWS, CHUNK), jnp.float32),
         u_bars=Ring.barriers(tiling.stages, 2),
