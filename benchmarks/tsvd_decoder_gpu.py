@@ -40,9 +40,10 @@ LINEAR = (nnx.Linear, nnx.LinearGeneral)
 SIZES = {"small": (768, 12, 12), "medium": (1024, 16, 24), "large": (1280, 20, 36)}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def call(graph, state, x):
-    return nnx.merge(graph, state)(x)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def call(graph, state, x, activation: str | None):
+    layer = nnx.merge(graph, state)
+    return layer(x) if activation is None else layer.activated(x, activation)
 
 
 class Once(nnx.Module):
@@ -53,7 +54,11 @@ class Once(nnx.Module):
 
     def __call__(self, x):
         """The layer's own output."""
-        return call(*nnx.split(self.layer), x)
+        return call(*nnx.split(self.layer), x, None)
+
+    def activated(self, x, activation: str):
+        """The same with an activation."""
+        return call(*nnx.split(self.layer), x, activation)
 
 
 def own_factors(linear, ratio: float, size: int, implementation: str | None):

@@ -11,6 +11,7 @@ from sparsax import checks
 from sparsax.linear import ACTIVATIONS, Activation
 from sparsax.nn.attention import SparseAttention
 from sparsax.nn.cache import KVCache, attend_cached
+from sparsax.nn.dense import activated
 from sparsax.nn.embed import Embed
 
 
@@ -90,10 +91,9 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Maps `[..., D]` to the same shape."""
-        activate = ACTIVATIONS[self.activation]
         if self.gate is None:
-            return self.down(activate(self.up(x)))
-        return self.down(activate(self.gate(x)) * self.up(x))
+            return self.down(activated(self.up, x, self.activation))
+        return self.down(activated(self.gate, x, self.activation) * self.up(x))
 
 
 class DecoderBlock(nnx.Module):

@@ -5,7 +5,10 @@ import typing
 
 import jax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
+
+from sparsax.linear import ACTIVATIONS, Activation
+from sparsax.pallas.activations import ACTIVATIONS as IN_KERNELS
 
 Dense = nnx.Linear | nnx.LinearGeneral
 
@@ -42,6 +45,17 @@ def read_linear(linear: Dense) -> tuple[Array, Array | None, dict[str, typing.An
     bias = None if linear.bias is None else linear.bias[...].reshape(-1)
     rest = {"in_shape": in_shape, "out_shape": out_shape, "dtype": linear.dtype}
     return kernel.reshape(math.prod(in_shape), math.prod(out_shape)), bias, rest
+
+
+def activated(layer, x: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:
+    """`activation(layer(x))`, in the layer's own pass where it is factored.
+
+    A product that runs through a kernel would be read and written once more for the activation.
+    """
+    own_pass = getattr(layer, "activated", None)
+    if own_pass is None or activation not in IN_KERNELS:
+        return ACTIVATIONS[activation](layer(x))
+    return own_pass(x, activation)
 
 
 def make_linear(

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsax.nn.attention import SparseAttention
+from sparsax.nn.dense import activated
 from sparsax.nn.embed import Embed
 
 
@@ -28,7 +29,7 @@ class Block(nnx.Module):
         """Maps `x [B, T, D]` to the same shape; dropout acts when `rngs` is given."""
         drop = lambda y: self.dropout(y, deterministic=rngs is None, rngs=rngs)
         x = x + drop(self.attention(self.norm1(x), key_mask=key_mask))
-        return x + drop(self.down(drop(nnx.gelu(self.up(self.norm2(x))))))
+        return x + drop(self.down(drop(activated(self.up, self.norm2(x), "gelu"))))
 
 
 class Encoder(nnx.Module):

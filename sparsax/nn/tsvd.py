@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sparsax.linear import Activation, tsvd_common_matmul, tsvd_matmul
+from sparsax.linear import ACTIVATIONS, Activation, tsvd_common_matmul, tsvd_matmul
 from sparsax.lowrank import CommonFactors, Side, TiledFactors, tsvd, tsvd_common
 from sparsax.nn.dense import Dense, make_linear, read_linear
 from sparsax.typing import Implementation
@@ -96,8 +96,17 @@ class TSVDLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maps `[..., *in_shape]` to `[..., *out_shape]`."""
+        return self._multiply(x, self.activation)
+
+    def activated(self, x: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:
+        """`activation(self(x))`, in the product's own pass where it has no other one to apply."""
+        if self.activation is not None:
+            return ACTIVATIONS[activation](self(x))
+        return self._multiply(x, activation)
+
+    def _multiply(self, x, activation: Activation | None):
         x, factors, bias = _promote(self, x, self.factors)
-        y = tsvd_matmul(x, factors, bias, self.activation, implementation=self.implementation)
+        y = tsvd_matmul(x, factors, bias, activation, implementation=self.implementation)
         return y.reshape(*x.shape[:-1], *self.out_shape)
 
 
@@ -182,8 +191,17 @@ class TSVDCommonLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Maps `[..., *in_shape]` to `[..., *out_shape]`."""
+        return self._multiply(x, None)
+
+    def activated(self, x: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:
+        """`activation(self(x))`, in the product's own pass where no residual is added to it."""
+        if self.residual is not None:
+            return ACTIVATIONS[activation](self(x))
+        return self._multiply(x, activation)
+
+    def _multiply(self, x, activation: Activation | None):
         x, factors, bias = _promote(self, x, self.factors)
-        y = tsvd_common_matmul(x, factors, bias, implementation=self.implementation)
+        y = tsvd_common_matmul(x, factors, bias, activation, implementation=self.implementation)
         if self.residual is not None:
             y += x @ self.residual[...].astype(x.dtype)
         return y.reshape(*x.shape[:-1], *self.out_shape)

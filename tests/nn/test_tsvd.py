@@ -5,13 +5,16 @@ import optax
 import pytest
 from flax import nnx
 
+from sparsax.linear import ACTIVATIONS
 from sparsax.nn import (
     CommonParam,
     TSVDCommonLinear,
     TSVDLinear,
     named_modules,
     replace_modules,
+    tsvd,
 )
+from sparsax.nn.decoder import FeedForward
 from tests.helpers import assert_near
 
 D, F = 40, 72
@@ -100,6 +103,29 @@ def test_an_activation_is_applied():
     assert_near(fused(inputs()), nnx.gelu(layer(inputs())), 1e-6, "output")
     with pytest.raises(ValueError, match="has no activation; this one has 'gelu'"):
         fused.to_linear()
+
+
+@BY_FORM
+@pytest.mark.parametrize("activation", ["relu", "gelu_exact"])
+def test_an_activation_behind_a_layer_is_part_of_its_product_where_kernels_have_it(
+    form, activation, monkeypatch
+):
+    ffn = FeedForward(D, 3 * F, activation=activation, gated=form == "left", rngs=nnx.Rngs(0))
+    name = "gate" if form == "left" else "up"
+    setattr(ffn, name, FORMS[form](getattr(ffn, name)))
+    layer, x = getattr(ffn, name), inputs()
+    hidden = ACTIVATIONS[activation](layer(x)) * (ffn.up(x) if form == "left" else 1)
+    want, seen = ffn.down(hidden), []
+    for product in ("tsvd_matmul", "tsvd_common_matmul"):
+        run = getattr(tsvd, product)
+        spy = lambda x, factors, bias, activation, run=run, **options: (
+            seen.append(activation) or run(x, factors, bias, activation, **options)
+        )
+        monkeypatch.setattr(tsvd, product, spy)
+    assert_near(ffn(x), want, 1e-5, "output")
+    assert seen == ["relu" if activation == "relu" and form != "residual" else None]
+    own = TSVDLinear(FORMS["own"](dense()).factors, activation="silu")
+    assert_near(own.activated(x, "relu"), nnx.relu(own(x)), 1e-6, "after an activation of its own")
 
 
 @pytest.mark.parametrize("form", ["right", "left", "residual"])
