@@ -122,7 +122,7 @@ def takes(name: str, rows: int, weights) -> bool:
     """Whether the kernel has a form for these rows and factors."""
     way, *rest = name.split()
     few = rows <= pallas.tsvd.split.ROWS
-    if way == "split" and not few:
+    if (way == "split" and not few) or (way == "resident" and few):
         return False
     if way.startswith("common-"):
         if few:
