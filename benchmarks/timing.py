@@ -145,8 +145,8 @@ def replayed_milliseconds(run, *, repeats: int = 5) -> float:
     )
 
 
-def kernels(function, *args, calls: int = 5) -> dict[str, float]:
-    """Milliseconds of each GPU kernel of a call, by the profiler."""
+def kernels(function, *args, calls: int = 5, most: int = 8) -> dict[str, float]:
+    """Milliseconds of a call in each of the GPU kernels that take longest, by the profiler."""
     total = collections.defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -160,4 +160,4 @@ def kernels(function, *args, calls: int = 5) -> dict[str, float]:
             for line in (x for x in plane.lines if x.name.startswith("Stream")):
                 for event in line.events:
                     total[event.name] += event.duration_ns / 1e6 / calls
-    return dict(sorted(total.items(), key=lambda item: -item[1])[:8])
+    return dict(sorted(total.items(), key=lambda item: -item[1])[:most])

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from language import halve, use_flash
 from resumed import Rows
-from timing import milliseconds
+from timing import kernels, milliseconds
 from tqdm import tqdm
 from tsvd_ways import common, tiled
 
@@ -152,6 +152,7 @@ class Programs(NamedTuple):
             "parameter_bytes": parameter_bytes,
             "prefill_bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
             "prefill_ms": ms, "prefill_tokens_per_second": tokens.size / ms * 1e3, "decode": {},
+            "prefill_kernels_ms": kernels(run, self.state, tokens, calls=2, most=16),
         }  # fmt: skip
         for batch, write in self.decode.items():
             first = jnp.zeros(batch, jnp.int32)

@@ -8,25 +8,27 @@ bfloat16, random factors, the layers of GPT-2 and Llama-7B. Beside the dense mat
 SVD of equal budget, two dense matmuls; TSVD through XLA and through the Hopper kernels, two batched
 products, one fused kernel, or one for few rows, by size of the tiles; TSVD-common on both sides,
 through XLA and the same kernels.
-Milliseconds are medians over runs of calls inside one program. Up to `--chain` rows, where a call
-ends before the next could be dispatched, they are those of a layer in a chain of 16 with weights of
-their own, up and down again; "x" is the dense time over the way's. What the kernels' last call of
-a run returns is compared with what the portable implementation's does.
+Milliseconds are medians over runs of calls inside one program; all ways of a row take turns. Up to
+`--chain` rows, where a call ends before the next could be dispatched, they are those of a layer in
+a chain of 16 with weights of their own, up and down again; "x" is the dense time over the way's.
+What the kernels' last call of a run returns is compared with what the portable one's does. What XLA
+tries algorithms for is compiled while nobody else uses the GPU.
 """
 
 import argparse
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from resumed import Rows, gpu
-from timing import UNROLLED, kernels, milliseconds, repeated
+from timing import UNROLLED, Queue, kernels, milliseconds_in_turns, repeated
 from tsvd_ways import (
     KERNELS,
     ROUNDED,
@@ -51,15 +53,16 @@ def lowered(function, *makers):
 
 
 class Program(NamedTuple):
-    """A loop over calls of a layer, or of a chain of layers, that a pool compiles."""
+    """A loop over calls of a layer, or of a chain of layers, that waits to be compiled."""
 
-    run: Future
+    compile: Callable  # once: it remembers
+    tuned: bool  # XLA tries algorithms when it compiles it
     given: Callable[[], list]  # makes the arguments
     calls: int
     layers: int
 
     @classmethod
-    def of(cls, pool, make, product, rows: int, k: int, n: int, calls: int, layers: int):
+    def of(cls, make, product, tuned: bool, rows: int, k: int, n: int, calls: int, layers: int):
         """In a chain half of the layers are as they are, and half of them back again."""
         shapes = [(k, n) if i % 2 == 0 else (n, k) for i in range(layers)]
         weights = lambda: [make(*shape, 2 * i + 2) for i, shape in enumerate(shapes)]
@@ -73,17 +76,11 @@ class Program(NamedTuple):
         given = lambda: [draw(0, rows, k), *weights()]
         looped = repeated(chain, calls, results=True)
         lowered = looped.lower(*jax.eval_shape(given))  # nothing is made yet
-        return cls(pool.submit(lowered.compile), given, calls, layers)
-
-    def measured(self, repeats: int) -> tuple[float, jax.Array]:
-        """Milliseconds of a layer, and what the last one returned."""
-        run, given = self.run.result(), self.given()
-        ms = milliseconds(run, *given, calls=self.calls, repeats=repeats) / self.layers
-        return ms, jax.tree.leaves(run(*given)[1])[0]
+        return cls(functools.cache(lowered.compile), tuned, given, calls, layers)
 
     def kernels(self) -> dict[str, float]:
         """Milliseconds of each GPU kernel of a layer, by the profiler."""
-        found = kernels(self.run.result(), *self.given(), calls=1)
+        found = kernels(self.compile(), *self.given(), calls=1)
         return {name: ms / self.calls / self.layers for name, ms in found.items()}
 
 
@@ -97,6 +94,15 @@ def gradients(product):
     return run
 
 
+def in_turns(programs: dict[str, Program], repeats: int) -> tuple[dict, dict]:
+    """Milliseconds of a layer of each, and what the last one returned."""
+    runs = {name: (program.compile(), program.given()) for name, program in programs.items()}
+    queues = {n: Queue.of(run, *x, calls=programs[n].calls) for n, (run, x) in runs.items()}
+    found = milliseconds_in_turns(queues, repeats=repeats)
+    returned = {n: jax.tree.leaves(run(*x)[1])[0] for n, (run, x) in runs.items()}
+    return {n: ms / programs[n].layers for n, ms in found.items()}, returned
+
+
 class Programs(NamedTuple):
     """What measures everything about one layer, number of rows and compression, by way."""
 
@@ -105,17 +111,16 @@ class Programs(NamedTuple):
     both: dict[str, Program]
 
     @classmethod
-    def of(cls, pool, args, layer: str, rows: int, ratio: float) -> "Programs":
+    def of(cls, args, layer: str, rows: int, ratio: float) -> "Programs":
         """Those of all ways that there are, and of the dense product."""
         k, n = SHAPES[layer]
         few = rows <= args.chain
         steps = max(1, min(args.calls, 2**41 // (rows * k * n)) // UNROLLED)
         shape = rows, k, n, UNROLLED * steps + 1, CHAINED if few else 1
-        compiled = lambda make, product: Program.of(pool, make, product, *shape)
-        beside, forward = {}, {"dense": compiled(dense, jnp.matmul)}
-        both = (
-            {"dense": compiled(dense, gradients(jnp.matmul))} if args.backward and not few else {}
-        )
+        program = lambda make, product, tuned: Program.of(make, product, tuned, *shape)
+        beside, forward = {}, {"dense": program(dense, jnp.matmul, True)}
+        backward = args.backward and not few
+        both = {"dense": program(dense, gradients(jnp.matmul), True)} if backward else {}
         for name, (make, product, portable) in ways(args, ratio, k, n).items():
             sizes = ((k, n), (n, k)) if few else ((k, n),)
             shapes = (jax.eval_shape(partial(make, *size, 2)) for size in sizes)
@@ -123,27 +128,31 @@ class Programs(NamedTuple):
                 continue
             if portable is not None:
                 beside[name] = portable
-            forward[name] = compiled(make, product)
+            forward[name] = program(make, product, portable is None)
             if both and not name.startswith((*KERNELS[1:], "common-")):
                 pallas_way = partial(times_tiled, implementation="pallas")
                 function = gradients(pallas_way if name.startswith("products") else product)
-                both[name] = compiled(make, function)
+                both[name] = program(make, function, portable is None)
         return cls(beside, forward, both)
+
+    def compile(self, pool, tuned: bool) -> None:
+        """Compiles those that XLA tunes or the others, all at once."""
+        programs = [*self.forward.values(), *self.both.values()]
+        list(pool.map(lambda program: program.compile(), (p for p in programs if p.tuned == tuned)))
 
     def measured(self, args, rows: int) -> dict:
         """The parts of a row."""
         most = ROUNDED * (
             CHAINED**0.5 if rows <= args.chain else 1
         )  # of a chain's layers, at random
-        found = {name: run.measured(args.repeats) for name, run in self.forward.items()}
+        ms, returned = in_turns(self.forward, args.repeats)
         errors = {
-            name: relative_error(name, found[name][1], found[portable][1], most)
+            name: relative_error(name, returned[name], returned[portable], most)
             for name, portable in self.beside.items()
         }
-        row = {"errors": errors, "ms": {name: ms for name, (ms, _) in found.items()}}
+        row = {"errors": errors, "ms": ms}
         if self.both:
-            timed = {name: run.measured(args.repeats) for name, run in self.both.items()}
-            row["both_ms"] = {name: ms for name, (ms, _) in timed.items()}
+            row["both_ms"], _ = in_turns(self.both, args.repeats)
         if profiled := [name for name in args.profile if name in self.forward]:
             row["kernels_ms"] = {name: self.forward[name].kernels() for name in profiled}
         return row
@@ -186,12 +195,15 @@ def main() -> None:
     done = Rows(args.name, ("layer", "rows", "ratio"), resume=args.resume, beside=args.beside)
     turn = gpu if args.beside else lambda *, alone: contextlib.nullcontext()
     for layer, rows in itertools.product(args.layers, args.rows):
-        begin, missing = time.perf_counter(), {}
-        with turn(alone=False), ThreadPoolExecutor() as pool:  # all are compiled before any runs
-            for ratio in args.ratios:
-                if not done.has(layer=layer, rows=rows, ratio=ratio):
-                    missing[ratio] = Programs.of(pool, args, layer, rows, ratio)
-        with turn(alone=True):
+        begin = time.perf_counter()
+        ratios = [r for r in args.ratios if not done.has(layer=layer, rows=rows, ratio=r)]
+        with turn(alone=False), ThreadPoolExecutor() as pool:
+            missing = {ratio: Programs.of(args, layer, rows, ratio) for ratio in ratios}
+            for programs in missing.values():
+                programs.compile(pool, tuned=False)
+        with turn(alone=True), ThreadPoolExecutor() as pool:  # nobody disturbs what XLA tunes
+            for programs in missing.values():
+                programs.compile(pool, tuned=True)
             for ratio, programs in missing.items():
                 row = {"layer": layer, "rows": rows, "ratio": ratio, "features": SHAPES[layer]}
                 show(done.add(begin, row | programs.measured(args, rows)))

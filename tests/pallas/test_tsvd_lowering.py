@@ -126,6 +126,9 @@ CHOSEN = [
     (1, 256, 16, 16, {"split"}), (16, 256, 64, 16, {"split"}), (17, 256, 64, 16, set()),
     (16, 256, 80, 16, set()), (16, 512, 64, 16, set()), (16, 256, 64, 6, set()),
     (1, 256, 16, 15, set()), (16, 256, 16, 40, set()), (512, 256, 64, 16, {"fused"}),
+    (1, 256, 32, 4, {"split"}), (1, 256, 32, 3, set()), (1, 512, 64, 16, {"split"}),
+    (1, 512, 16, 16, set()), (512, 256, 32, 8, {"fused"}), (512, 256, 32, 7, set()),
+    (768, 256, 64, 6, {"fused"}), (512, 512, 64, 16, set()),
 ]  # fmt: skip
 
 
@@ -208,7 +211,8 @@ def test_gradients_lower_within_transformations(model, tsvd_schedule):
     [(8192, 16, 64, 256, "fused"), (8192, 16, 32, 256, "products"), (64, 16, 64, 256, "products"),
      (8192, 16, 64, 512, "products"), (8192, 16, 48, 256, "products"),
      (512, 3, 64, 256, "products"), (512, 16, 64, 256, "fused"), (8192, 43, 128, 256, "fused"),
-     (16, 16, 32, 256, "split"), (16, 16, 16, 256, "products"), (1, 16, 16, 256, "split")],
+     (16, 16, 32, 256, "split"), (16, 16, 16, 256, "products"), (1, 16, 16, 256, "split"),
+     (512, 8, 32, 256, "fused"), (512, 34, 32, 256, "products"), (4096, 8, 32, 256, "products")],
 )  # fmt: skip
 def test_the_schedule_that_was_measured_to_be_faster_is_chosen(
     rows, num_out, rank, columns, schedule
@@ -221,13 +225,15 @@ def test_the_schedule_that_was_measured_to_be_faster_is_chosen(
 @pytest.mark.parametrize(
     ("rows", "num_in", "num_out", "rank", "schedule"),
     [(8192, 1, 4, 64, "resident"), (4096, 1, 4, 128, "resident"), (4096, 1, 3, 64, "products"),
-     (2048, 1, 8, 64, "products"), (8192, 4, 4, 64, "products"), (8192, 1, 4, 96, "products")],
+     (2048, 1, 8, 64, "products"), (8192, 4, 4, 64, "products"), (8192, 1, 4, 96, "products"),
+     (8192, 2, 2, 64, "resident"), (4096, 2, 2, 64, "products"), (8192, 2, 2, 128, "products")],
 )  # fmt: skip
 def test_the_kernel_that_keeps_products_is_chosen_where_it_keeps_little(
     rows, num_in, num_out, rank, schedule
 ):
     of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    u, v = of(num_in, 1024, num_out, rank), of(num_out, num_in, rank, 1024)
+    size = 512 if num_in == 2 else 1024
+    u, v = of(num_in, size, num_out, rank), of(num_out, num_in, rank, size)
     assert tsvd.best_schedule(rows, u, v) == schedule
 
 

@@ -8,14 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from sparsax.pallas.activations import ACTIVATIONS
+from sparsax.pallas.hopper import multiprocessors
 from sparsax.pallas.support import DTYPES, on_hopper, vary
 from sparsax.pallas.tsvd import fused, products, resident, split
 
 Schedule = typing.Literal["fused", "products", "resident", "split"]
-MANY, LARGE = 4096, 3 * 2**19  # rows and numbers of a matrix from which on the products are ahead
-FUSED_FROM, FUSED_TILES = 512, 64  # the same of the fused kernel: rows, and tiles of its output
-RESIDENT_TILES = 128  # tiles of its output, rows by 128, from which on "resident" has a GPU to fill
-FEW, FEW_TILES, FEW_RANKS = 16, 64, 27 * 64  # rows at most; tiles, or their ranks in all, at least
+# Rows and numbers of a matrix from which on the products are ahead of XLA; with tiles of 256, too.
+MANY, LARGE = 4096, 2**20
+SOME, LARGER = 512, 2**21
+FUSED_TILES = 32  # of its output, rows by 128, from which on the fused kernel has a GPU to fill
+RESIDENT_TILES = 128  # the same of "resident"
+FEW, FEW_TILES = 16, 64  # rows at most; tiles at least, or their ranks in all: of one row, of more
+FEW_RANKS = 512, 27 * 64
 LINE = 64  # numbers of 16 bits in a line of shared memory
 # What divides tiles and ranks: a chunk's columns, a matrix instruction's depth.
 ALIGNMENT = LINE, 16
@@ -93,48 +97,51 @@ def tsvd_common_is_faster(x, tiles, common, side, activation: str | None) -> boo
 def few_are_faster(rows: int, u, v) -> bool:
     """Whether "split" was measured to be the fastest way with such factors.
 
-    Of layers of GPT-2 and Llama-7B with tiles of 256 and ranks of 16, 32 and 64, it was the fastest
-    way with these factors in 28 of 29 cases of one row that this names, and 18 of 19 of 16 rows, on
-    an H100 and an H200. With tiles of 512 it depends.
+    Of 114 cases of layers of GPT-2 and Llama-7B with one and 16 rows, and tiles of 256, 512 and
+    1,024, this is wrong by more than 5 % in one on an H200: 16 rows of 5,120 x 1,280, rank 16.
     """
     num_in, size, num_out, rank = u.shape
-    if not (size == v.shape[3] == 256 and rank <= 64 and 1 <= rows <= FEW):
+    if not (size == v.shape[3] and 1 <= rows <= FEW):
         return False
     tiles = num_in * num_out
     if rows == 1 and tiles >= FEW_TILES:
-        return True
-    return tiles * rank >= FEW_RANKS and (rows == 1 or rank >= 32)
+        return (size == 256 and rank <= 64) or (size == 512 and 32 <= rank <= 128)
+    return size == 256 and 32 <= rank <= 64 and tiles * rank >= FEW_RANKS[rows > 1]
 
 
 def _many_are_faster(rows: int, u, v) -> bool:
-    """The same of the other two, with 512 rows and more."""
+    """The same of the other three, with 512 rows and more."""
     (num_in, size, num_out, rank), columns = u.shape, v.shape[3]
-    is_fused = best_schedule(rows, u, v) == "fused"
+    numbers, is_fused = num_in * size * num_out * columns, best_schedule(rows, u, v) == "fused"
     if rows >= MANY:
-        return is_fused or num_in * size * num_out * columns >= LARGE
-    timed = is_fused and size == columns == 256 and rank == 64 and rows >= FUSED_FROM
-    return timed and _tiles(rows, u) >= FUSED_TILES
+        return is_fused or numbers >= LARGE
+    if rows < SOME or not size == columns == 256:
+        return False
+    return rank in (32, 64) and (is_fused or (rank == 64 and numbers >= LARGER))
 
 
 def best_schedule(rows: int, u, v) -> Schedule:
     """Which way to compute `x w` for so many rows; few of them as `few_are_faster` says.
 
-    The fused kernel is chosen where it has a tiling (see `fused.Tiling.of`), ranks are 64 or more,
-    and its tiles, J for every 128 rows, fill a quarter of the GPU. In layers of GPT-2 and Llama-7B
-    with 4,096 and 8,192 rows and tiles of 256 it took .6 to 1.1 of the products' time at a rank of
-    64 on an H100 and an H200, and .75 to 1.25 at 32.
+    By layers of GPT-2 and Llama-7B on an H200. The fused kernel is chosen where it has a tiling
+    (see `fused.Tiling.of`), its tiles, J for every 128 rows, fill a quarter of the GPU, and ranks
+    are 64 or more: of tiles of 256 it took .7 to 1.2 of the products' time with 4,096 rows, and .6
+    to .9 with 512, where it does with ranks of 32, too, as long as all its tiles run at once.
 
-    The one that keeps `x u` is, where there is one row of tiles, many rows of x and tiles enough:
-    with tiles of 1,024 it took .86, .82 and .88 of the products' time at 2x, 4x and 8x for 4,096
-    rows of 1,024 x 4,096 on an H200. With four rows of tiles it keeps four times as much, leaves
-    too few slots for what is on its way, and takes 1.3 times as long as they do.
+    The one that keeps `x u` is, where it has little to keep: with one row of tiles of 1,024 it took
+    .75 to 1.05 of the products' time for 1,024 x 4,096, with two of 512 and ranks of 64 .77 to .94.
+    With four rows of tiles it keeps four times as much, leaves too few slots for what is on its
+    way, and takes 1.1 to 1.35 times as long as they do.
     """
     if few_are_faster(rows, u, v):
         return "split"
-    full = rows >= MANY and _tiles(rows, u) >= RESIDENT_TILES
-    if u.shape[0] == 1 and full and resident.Tiling.of(u, v, rows) is not None:
+    (num_in, size, _, rank), tiles = u.shape, _tiles(rows, u)
+    little = num_in == 1 or (num_in, size, rank) == (2, 512, 64)
+    full = rows >= MANY and tiles >= RESIDENT_TILES
+    if little and full and resident.Tiling.of(u, v, rows) is not None:
         return "resident"
-    wide = u.shape[3] >= 64 and _tiles(rows, u) >= 32
+    at_once = rank == 32 and SOME <= rows < MANY and tiles <= multiprocessors()
+    wide = tiles >= FUSED_TILES and (rank >= 64 or at_once)
     return "fused" if wide and fused.Tiling.of(u, v) is not None else "products"
 
 
