@@ -46,8 +46,9 @@ ALL = (
 CHOICE = (
     "With tiles of 256 the kernel for few rows is ahead of XLA's in every layer with one row and "
     "a rank of 32 or more, by up to 1.7 times; with 16 rows where the ranks of all tiles add up to "
-    "1,728, but for 5 % in one case. With tiles of 512 it is where one row meets 64 tiles. So None "
-    "runs it there, where nothing is differentiated. Of 16 rows TSVD-common is often faster yet."
+    "1,728, but for 5 % in one case. With tiles of 512 it is where one row meets 64 tiles. None "
+    "runs it there, of one row from ranks of 1,728 in all or 64 tiles on, where nothing is "
+    "differentiated. Of 16 rows TSVD-common is often faster yet."
 )
 EVERY = (
     "Timed earlier: a step of the loop that is timed is in every call, so that none takes less "
