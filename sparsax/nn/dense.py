@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sparsax import checks
 from sparsax.linear import ACTIVATIONS, Activation
 from sparsax.pallas.activations import ACTIVATIONS as IN_KERNELS
 
@@ -50,12 +51,25 @@ def read_linear(linear: Dense) -> tuple[Array, Array | None, dict[str, typing.An
 def activated(layer, x: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:
     """`activation(layer(x))`, in the layer's own pass where it is factored.
 
-    A product that runs through a kernel would be read and written once more for the activation.
+    A product that runs through a kernel would be read and written once more for the activation. A
+    layer says how by a method `activated(x, activation)` beside its `__call__`: of a subclass that
+    overrides the one, the other is not taken.
     """
-    own_pass = getattr(layer, "activated", None)
-    if own_pass is None or activation not in IN_KERNELS:
-        return ACTIVATIONS[activation](layer(x))
-    return own_pass(x, activation)
+    checks.one_of("activation", activation, ACTIVATIONS)
+    own = next(cls for cls in type(layer).__mro__ if "__call__" in vars(cls))
+    if "activated" in vars(own):
+        return layer.activated(x, activation)
+    return ACTIVATIONS[activation](layer(x))
+
+
+def in_one_pass(activation: Activation, *, alone: bool) -> bool:
+    """Whether a factored product should apply the activation, if it has nothing else to apply.
+
+    Raises:
+        ValueError: there is no such activation.
+    """
+    checks.one_of("activation", activation, ACTIVATIONS)
+    return alone and activation in IN_KERNELS
 
 
 def make_linear(

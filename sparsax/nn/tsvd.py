@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from sparsax.linear import ACTIVATIONS, Activation, tsvd_common_matmul, tsvd_matmul
 from sparsax.lowrank import CommonFactors, Side, TiledFactors, tsvd, tsvd_common
-from sparsax.nn.dense import Dense, make_linear, read_linear
+from sparsax.nn.dense import Dense, in_one_pass, make_linear, read_linear
 from sparsax.typing import Implementation
 
 Mode = typing.Literal["compressed", "residual"]
@@ -99,10 +99,14 @@ class TSVDLinear(nnx.Module):
         return self._multiply(x, self.activation)
 
     def activated(self, x: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:
-        """`activation(self(x))`, in the product's own pass where it has no other one to apply."""
-        if self.activation is not None:
-            return ACTIVATIONS[activation](self(x))
-        return self._multiply(x, activation)
+        """`activation(self(x))`, in the product's own pass where kernels have it.
+
+        Raises:
+            ValueError: there is no such activation, or x is none for this layer.
+        """
+        if in_one_pass(activation, alone=self.activation is None):
+            return self._multiply(x, activation)
+        return ACTIVATIONS[activation](self(x))
 
     def _multiply(self, x, activation: Activation | None):
         x, factors, bias = _promote(self, x, self.factors)
@@ -194,10 +198,14 @@ class TSVDCommonLinear(nnx.Module):
         return self._multiply(x, None)
 
     def activated(self, x: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:
-        """`activation(self(x))`, in the product's own pass where no residual is added to it."""
-        if self.residual is not None:
-            return ACTIVATIONS[activation](self(x))
-        return self._multiply(x, activation)
+        """`activation(self(x))`, in the product's own pass where kernels have it.
+
+        Raises:
+            ValueError: there is no such activation, or x is none for this layer.
+        """
+        if in_one_pass(activation, alone=self.residual is None):
+            return self._multiply(x, activation)
+        return ACTIVATIONS[activation](self(x))
 
     def _multiply(self, x, activation: Activation | None):
         x, factors, bias = _promote(self, x, self.factors)

@@ -15,6 +15,7 @@ from sparsax.nn import (
     tsvd,
 )
 from sparsax.nn.decoder import FeedForward
+from sparsax.nn.dense import activated
 from tests.helpers import assert_near
 
 D, F = 40, 72
@@ -124,8 +125,33 @@ def test_an_activation_behind_a_layer_is_part_of_its_product_where_kernels_have_
         monkeypatch.setattr(tsvd, product, spy)
     assert_near(ffn(x), want, 1e-5, "output")
     assert seen == ["relu" if activation == "relu" and form != "residual" else None]
+
+
+class Twice(TSVDLinear):
+    """Does more than its factors say."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def test_an_activation_comes_after_whatever_a_layer_does():
     own = TSVDLinear(FORMS["own"](dense()).factors, activation="silu")
-    assert_near(own.activated(x, "relu"), nnx.relu(own(x)), 1e-6, "after an activation of its own")
+    assert_near(own.activated(inputs(), "relu"), nnx.relu(own(inputs())), 1e-6, "output")
+    twice = Twice(own.factors)
+    assert_near(activated(twice, inputs(), "gelu"), nnx.gelu(twice(inputs())), 1e-6, "output")
+    exact = TSVDLinear(own.factors.pad_rank(16), implementation="pallas")
+    with pytest.raises(NotImplementedError, match="takes x and factors"):  # what it refuses is x
+        exact.activated(inputs(), "gelu_exact")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_activations_are_refused_alike():
+    own = TSVDLinear(FORMS["own"](dense()).factors, activation="silu")
+    for layer in (own, FORMS["own"](dense()), FORMS["residual"](dense())):
+        with pytest.raises(ValueError, match=r"activation must be one of .*'relu'.*'swish'"):
+            layer.activated(inputs(), "swish")
+    with pytest.raises(ValueError, match="activation must be one of"):
+        activated(dense(), inputs(), None)
 
 
 @pytest.mark.parametrize("form", ["right", "left", "residual"])

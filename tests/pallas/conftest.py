@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pkgutil
+import sys
 from pathlib import Path
 
 import jax
@@ -85,8 +86,12 @@ def one_multiprocessor(fresh, monkeypatch):
 
 @pytest.fixture
 def joined(fresh, monkeypatch):
-    """On a GPU so small that long rows are cut: a list of the calls that joined their pieces."""
+    """On a GPU so small that long rows are cut: a list of the calls that joined their pieces.
+
+    And that a thread block joins several.
+    """
     monkeypatch.setattr(schedule, "multiprocessors", lambda: 9)
+    monkeypatch.setattr(sys.modules[attention.combine.__module__], "multiprocessors", lambda: 3)
     monkeypatch.setattr(deal, "LEAST", 1)
     monkeypatch.setattr(schedule, "LONG", 1)
     calls, combine = [], attention.combine

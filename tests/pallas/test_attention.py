@@ -12,7 +12,8 @@ import sparsax
 from sparsax import block_sparse_attention, pallas
 from sparsax.pallas.block_sparse import config as configs
 from sparsax.pallas.block_sparse import schedule
-from tests.helpers import assert_near
+from sparsax.pallas.block_sparse.deal import deal
+from tests.helpers import TOLERANCES, assert_near
 from tests.pallas.cases import KERNEL_CASES, LARGE, SMALL
 
 pytestmark = pytest.mark.usefixtures("few_multiprocessors")
@@ -103,15 +104,20 @@ def test_split_rows_add_up_interpreted(joined):
     [
         {"forward": {"turns": True}, "dq": {"turns": True}, "dkv": {"turns": True}},
         {"forward": {"teams": 2}},
+        {"forward": {"teams": 2}, "stay": 0},
         {"dkv": {"spaces": 1}},
     ],
-    ids=["turns", "teams", "spaces"],
+    ids=["turns", "teams", "passing_teams", "spaces"],
 )
 def test_who_waits_for_whom_changes_no_bit(choice, monkeypatch):
+    if "stay" in choice:
+        for most in ("STAY", "STAY_CACHED"):
+            monkeypatch.setattr(schedule, most, choice["stay"])
     c, found = next(c for c in KERNEL_CASES if c.name == "h32"), []
     old = configs.TABLE[c.H]  # with tiles forward that two teams have registers for
     old = dataclasses.replace(old, forward=dataclasses.replace(old.forward, tile=64, stages=3))
-    new = {name: dataclasses.replace(getattr(old, name), **x) for name, x in choice.items()}
+    kernels = {name: x for name, x in choice.items() if name != "stay"}
+    new = {name: dataclasses.replace(getattr(old, name), **x) for name, x in kernels.items()}
     for config in (old, dataclasses.replace(old, **new)):
         for table in (configs.TABLE, configs.MASKED):
             monkeypatch.setitem(table, c.H, config)
@@ -119,6 +125,29 @@ def test_who_waits_for_whom_changes_no_bit(choice, monkeypatch):
             found.append(check(c))
     for x, y in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+@pytest.mark.usefixtures("no_races", "fresh")
+def test_long_rows_have_a_thread_block_each(monkeypatch):
+    monkeypatch.setattr(schedule, "multiprocessors", lambda: 4)
+    blocks = np.eye(5, dtype=bool)
+    blocks[2] = True  # five units where the mean load is 9 / 4
+    pattern = sparsax.BlockPattern.from_block_mask(blocks[None], q_len=600, block_q=128)
+    q, k, v, do = jax.random.normal(jax.random.key(1), (4, 1, 600, 1, 32), jnp.float16)
+
+    def both(implementation):
+        attend = lambda *x: block_sparse_attention(*x, pattern, implementation=implementation)
+        o, pull = jax.vjp(attend, q, k, v)
+        return o, pull(do)
+
+    with pallas.interpreted(detect_races=True):
+        plan = schedule.Schedule(1, 5, 1, 5)
+        table, _ = deal(plan, jnp.array([[1, 1, 5, 1, 1]]), interpret=pallas.interpret())
+        assert plan.stay
+        assert table[1] == 1  # the long one
+        found = jax.jit(lambda: both("pallas"))()
+    for got, want in zip(*map(jax.tree.leaves, (found, both("reference"))), strict=True):
+        assert_near(got, want, TOLERANCES["float16"].output, "array")
 
 
 def test_vmap_is_a_longer_batch():

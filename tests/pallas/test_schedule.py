@@ -3,17 +3,18 @@
 import itertools
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import sparsax
 from sparsax import pallas
 from sparsax.layouts import INVALID
+from sparsax.pallas.block_sparse import attention, regroup, schedule
 from sparsax.pallas.block_sparse import deal as dealing
-from sparsax.pallas.block_sparse import regroup, schedule
 from sparsax.pallas.block_sparse.deal import LEAST, deal
 from sparsax.pallas.block_sparse.regroup import tile_lists
 from sparsax.pallas.block_sparse.schedule import (
@@ -118,8 +119,8 @@ def items_of(plan, table, team, extra=()):
     return [item_of(plan, table, team, slot, extra) for slot in range(slots)]
 
 
-def item_of(plan, table, block, slot=0, extra=()):
-    where = np.int32(block), np.int32(slot), None
+def item_of(plan, table, team, slot=0, extra=()):
+    where = np.int32(team), np.int32(slot), None
     return plan.item(*plan.read(*where, table, plan.header(table), extra))
 
 
@@ -178,7 +179,15 @@ def test_few_rows_have_a_team_each_in_any_order(tiles, copies, teams):
 works = st.lists(st.integers(0, 40) | st.just(400), min_size=1, max_size=20)
 
 
+LONE = {"work": [9] * 3 + [0] * 17, "owners": 2, "copies": 2, "longest": 9, "processors": 8}
+CUT = {"work": [400, *[1] * 15], "owners": 1, "copies": 1, "longest": 400, "processors": 8}
+
+
 @settings(deadline=None, max_examples=8)
+@example(**LONE, teams=1, stay=schedule.STAY + 8)  # a team each for rows longer than the mean
+@example(**LONE, teams=2, stay=schedule.STAY + 8)
+@example(**CUT, teams=2, stay=schedule.STAY)  # pieces for teams that stay
+@example(**CUT, teams=1, stay=0)
 @given(
     work=works,
     owners=st.integers(1, 3),
@@ -250,8 +259,10 @@ def test_long_rows_start_first_and_no_item_outlasts_its_share():
     few = Schedule(1, 128, 1, 128)
     table, _ = table_of(few, work[:1])
     share = max(LEAST, -(-work[0].sum() // few.extra))
-    spans = [item_of(few, table, block) for block in range(few.thread_blocks)]
-    assert max(int(item.last) - int(item.first) for item in spans) <= share
+    items = [item for team in range(few.staying) for item in items_of(few, table, team)]
+    spans = [int(item.last) - int(item.first) for item in items]
+    assert sum(spans) == work[0].sum()
+    assert max(spans) <= share
 
 
 def test_heads_take_turns_where_lists_are_short():
@@ -395,3 +406,37 @@ def test_rows_of_known_work_are_dealt_beforehand_and_evenly(copies, teams):
 
 def test_rows_that_are_cut_want_a_table():
     assert not Schedule(1, 33, 32, 32, Expected(0, (1,) * 33)).beforehand
+
+
+def test_rows_whose_columns_are_cached_stay_for_longer():
+    rows = schedule.STAY_CACHED * multiprocessors()
+    plan = lambda count, cached: Schedule(8, count // 8, 1, 31, cached=cached)
+    assert plan(rows, cached=True).stay
+    assert not plan(rows + 8, cached=True).stay
+    assert not plan(rows, cached=False).stay
+
+
+def test_columns_are_cached_up_to_the_size_of_the_cache():
+    problem = mock.Mock(spec=attention.Problem, B=2, H=64, dtype=jnp.bfloat16)
+    positions = attention.CACHE // (2 * 2 * 64 * 2 * 4)  # of both arrays of two samples, 4 heads
+    assert attention._cached(problem, positions, 4)
+    assert not attention._cached(problem, positions + 1, 4)
+    assert not attention._cached(problem, positions, 5)
+
+
+def test_rows_meet_keys_and_columns_meet_queries(monkeypatch):
+    asked, cached = [], attention._cached
+    monkeypatch.setattr(attention, "_cached", lambda *x: asked.append(x[1:]) or cached(*x))
+    pattern = sparsax.BlockPattern.from_block_mask(
+        np.ones((1, 2, 3), bool), q_len=256, block_q=128, kv_len=384, block_kv=128
+    )
+    of = lambda length, heads: jnp.zeros((1, length, heads, 64), jnp.bfloat16)
+
+    def loss(q, k, v):
+        o = sparsax.block_sparse_attention(q, k, v, pattern, implementation="pallas")
+        return o.astype(jnp.float32).sum()
+
+    with pallas.lowering():
+        jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(of(256, 4), of(384, 2), of(384, 2))
+    assert set(asked) == {(384, 2), (256, 4)}
+    assert asked[-1] == (256, 4)  # of dK and dV, which are last

@@ -101,8 +101,8 @@ def combine(schedule: Schedule, samples: int, dealt, parts, targets, starts, lse
             index = lax.axis_index("block") + i * blocks
             join(index // strips, lax.rem(index, jnp.int32(strips)))
 
-        pieces = table[0] * schedule.copies * strips
-        mine = (pieces - lax.axis_index("block") + (blocks - 1)) // blocks
+        every = table[0] * schedule.copies * strips
+        mine = (every - lax.axis_index("block") + (blocks - 1)) // blocks
         lax.fori_loop(0, mine, visit, None)
 
     scratch: dict[str, Any] = {

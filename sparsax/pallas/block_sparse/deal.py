@@ -34,8 +34,9 @@ def deal(
     The table is the number of added pieces, if rows may be cut; for one and for two teams of a
     thread block, how many rows are so long that a team should do nothing else, if few rows are
     dealt and none may be cut; and then fields: of the pieces, and of rows from the longest to the
-    shortest, of each head or, if they are few, of all together. Of rows that are dealt beforehand
-    it is `Schedule.hands`, of single ones a number that nobody reads.
+    shortest, of each head or, if they are few, of all together. What is said of pieces beyond those
+    that were added, and numbers that do not apply, are left as they were. Of rows that are dealt
+    beforehand the table is `Schedule.hands`, of single ones a number that nobody reads.
 
     Every thread block adds up all work for itself, so that none waits for another.
     """
@@ -73,7 +74,7 @@ def deal(
             return times * found if times > 1 else found
 
         begin = 0 if heads == 1 else owner * ranked
-        own, here, with_it = _load_head(entries, jnp.minimum(owner, heads - 1), ranked)
+        own, here, together = _load_head(entries, jnp.minimum(owner, heads - 1), ranked)
         own, wrong = work_of(own), jnp.int32(0)
         if every is not None:
             for ref, like, width in zip(others_of_head, every.counts, every.widths, strict=True):
@@ -97,11 +98,11 @@ def deal(
                     if every is not None:
                         fields[-1] = jnp.where(wrong > 0, INVALID, fields[-1])
                     longer = (own > mine) | ((own == mine) & (here < row))
-                    place = s.extra + begin + jnp.where(longer & with_it, 1, 0).sum()
+                    place = s.extra + begin + jnp.where(longer & together, 1, 0).sum()
                     if share is None:
                         put(place, row, 0, mine, -1, *fields)
                         return
-                    nth = before + jnp.where(with_it & (here < row), _pieces(own, share), 0).sum()
+                    nth = before + jnp.where(together & (here < row), _pieces(own, share), 0).sum()
                     more = _pieces(mine, share)
                     length = lax.div(mine + more, more + 1)
                     part = jnp.where(more > 0, s.extra + nth, -1)
@@ -125,7 +126,7 @@ def deal(
             @pl.when(is_first)
             def _():
                 for teams in (1, 2) if s.stay else ():
-                    table[teams] = jnp.where(with_it & _alone(s, teams, own, with_it), 1, 0).sum()
+                    table[teams] = jnp.where(together & _alone(s, teams, own, together), 1, 0).sum()
 
             return
 
@@ -223,6 +224,6 @@ def _alone(s: Schedule, teams: int, work, there):
 
 
 def _pieces(work, share):
-    """How many pieces more than one rows are cut into; a share of the work each but the last."""
+    """How many pieces more than one rows are cut into, so that none is longer than a share."""
     more = jnp.maximum(work - 1, 0)
     return lax.div(more, jnp.broadcast_to(share, more.shape))

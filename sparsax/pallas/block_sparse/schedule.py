@@ -7,8 +7,9 @@ tiles, and thread blocks of one tile for each of their teams, handed out to whoe
 out the rest. The long rows of every head start first, and are cut where one of them would outlast
 everything else; the other rows of a head run together, since they share its columns in the L2
 cache. Few rows for each are all done by thread blocks that stay, for one of a single tile hides
-nothing: in order of length and back again, so that each gets long ones and short ones. Where the
-work of rows is known without the data, all of them are dealt beforehand, evenly.
+nothing: in order of length and back again, so that each gets long ones and short ones, but for who
+has a row longer than the mean load, which is all that team does. Where the work of rows is known
+without the data, all of them are dealt beforehand, evenly.
 """
 
 import dataclasses
@@ -91,7 +92,7 @@ class Schedule:
 
     @property
     def extra(self) -> int:
-        """Pieces that cutting may add: every piece of a row but its last is a whole share.
+        """Pieces that cutting may add: so many that none need be longer than a share of the work.
 
         0, and nothing is cut, where the copies of a row alone keep the GPU busy, or where no row
         should last longer than all the work does: the longest start first.
@@ -212,7 +213,10 @@ class Schedule:
         return jnp.where(there, table[jnp.minimum(place, self.dealt * self.staying - 1)], -1)
 
     def header(self, table):
-        """Of the table: added pieces, and teams that do a long row and nothing else."""
+        """Of the table: added pieces, and teams that do a long row and nothing else.
+
+        None where rows are dealt beforehand.
+        """
         if self.beforehand:
             return None
         if self.extra:

@@ -95,6 +95,7 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
     """The kernel `make(*refs)` describes, as a function of its operands; `most` tiles at most."""
     thread_blocks = min(most, multiprocessors() // shape.cluster)
     stages = shape.stages or STAGES
+    assert shape.steps is None or stages >= 3, "sum_beside would wait for itself"
     cores = TensorCores(interpret is not None)
 
     def kernel(*refs, a_smem, b_smem, y_smem, bars):

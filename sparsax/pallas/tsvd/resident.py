@@ -76,9 +76,13 @@ class Tiling:
         return num_in == 1 and self.stages * DEPTH >= self.group * rank
 
     def runs(self, u) -> bool:
-        """Whether the kernel can: panels want one row of tiles, and a piece of y slots enough."""
+        """Whether the kernel can: panels want one row of tiles, and a piece of y slots enough.
+
+        With fewer than three slots `TensorCores.sum_beside` would wait for itself.
+        """
         num_in, _, _, rank = u.shape
-        return self.group * rank <= PANEL or (num_in == 1 and self.stages >= rank // DEPTH)
+        wide = self.group * rank > PANEL
+        return self.stages >= 3 and not (wide and (num_in > 1 or self.stages < rank // DEPTH))
 
     def bytes(self, u) -> int:
         """What a thread block needs of shared memory for 16-bit arrays, barriers apart."""
