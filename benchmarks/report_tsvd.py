@@ -57,12 +57,12 @@ EVERY = (
 )
 DECODER = (
     'Prefill is 8,192 tokens, all dense layers of the blocks factored. "tsvd" is what None runs: '
-    "kernels in prefill, GELU in the same pass, but for attention's square layers, which were XLA's "
-    "at this commit and are the kernels' since. With tiles of 1,024, one of a square layer and "
-    "four of the others, it is 1.10 to 1.13 times as fast as XLA's TSVD in prefill, and 1.11, 1.30 "
-    "and 1.32 times as the dense model at 2x, 4x and 8x. Decoding is a chain of short launches, "
-    "more of them than the dense model has: 16 sequences are slower, one is 1.07 to 1.13 times as "
-    "fast at 4x and 8x. TSVD-common has tiles of 128 and one factor."
+    "kernels in prefill, GELU in the same pass, but for attention's square layers, which were "
+    "XLA's at this commit and are the kernels' since. With tiles of 1,024, one of a square layer "
+    "and four of the others, it is 1.10 to 1.13 times as fast as XLA's TSVD in prefill, and 1.11, "
+    "1.30 and 1.32 times as the dense model at 2x, 4x and 8x. Decoding is a chain of short "
+    "launches, more of them than the dense model has: 16 sequences are slower, one is 1.07 to 1.13 "
+    "times as fast at 4x and 8x. TSVD-common has tiles of 128 and one factor."
 )
 SMALL_TILES = (
     "With tiles of 256 one sequence decodes 1.5 to 1.6 times as fast as the dense model, through "
