@@ -21,7 +21,8 @@ SHAPES = {
     "llama-7b out": (4096, 4096), "llama-7b up": (4096, 11008), "llama-7b down": (11008, 4096),
 }  # fmt: skip
 KERNELS = ("products", "fused", "resident", "split")
-COMMON = {"products": "left", "resident": "right"}  # TSVD-common's, and its side, from more rows on
+# TSVD-common's, and their side, from more rows on.
+COMMON = {"products": "left", "resident": "right", "shared": "right"}
 ROUNDED = 1e-2  # relative error that rounding explains
 DRAWN = 2**24 - 3  # numbers: odd, so that the rows of a matrix that needs more are not the same
 
@@ -85,6 +86,8 @@ def times_common(x, tiles, shared, side: str):
 
 def scheduled(x, u, v, schedule: str, side: str | None = None):
     """The kernels' forward pass in one of its forms; with a side, of common factors."""
+    if schedule == "shared":
+        return pallas.tsvd.shared.forward(x, u, v, None, activation=None)
     if side is not None:
         u, v = pallas.as_tiles(u, v, side)
     options = {"schedule": schedule, "interpret": pallas.interpret()}
@@ -127,7 +130,9 @@ def takes(name: str, rows: int, weights) -> bool:
     if way.startswith("common-"):
         if few:
             return False
-        way, weights = way.removeprefix("common-"), pallas.shapes_as_tiles(*weights, rest[0])
+        way = way.removeprefix("common-")
+        if way != "shared":
+            weights = pallas.shapes_as_tiles(*weights, rest[0])
     form = getattr(pallas.tsvd, way, None)  # the module of a schedule
     return not hasattr(form, "Tiling") or form.Tiling.of(*weights) is not None
 

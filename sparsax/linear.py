@@ -177,8 +177,9 @@ def _few(call: _Call, *arrays):
 def _forward(call, x, first, second, bias):
     if call.kernel:
         named = {"activation": call.activation, "interpret": call.interpret}
-        u, v = (first, second) if call.side is None else pallas.as_tiles(first, second, call.side)
-        return pallas.tsvd_forward(x, u, v, bias, **named), None
+        if call.side is None:
+            return pallas.tsvd_forward(x, first, second, bias, **named), None
+        return pallas.tsvd_common_forward(x, first, second, bias, side=call.side, **named), None
     options: dict[str, typing.Any] = {"activation": ACTIVATIONS.get(call.activation)}
     if call.side is None:
         return xla.tsvd_forward(x, first, second, bias, **options), None

@@ -21,6 +21,7 @@ from sparsax.pallas.support import refusal as refusal
 from sparsax.pallas.tsvd import as_tiles as as_tiles
 from sparsax.pallas.tsvd import shapes_as_tiles as shapes_as_tiles
 from sparsax.pallas.tsvd import tsvd_backward as tsvd_backward
+from sparsax.pallas.tsvd import tsvd_common_forward as tsvd_common_forward
 from sparsax.pallas.tsvd import tsvd_common_is_faster as tsvd_common_is_faster
 from sparsax.pallas.tsvd import tsvd_forward as tsvd_forward
 from sparsax.pallas.tsvd import tsvd_is_faster as tsvd_is_faster

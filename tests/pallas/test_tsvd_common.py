@@ -142,8 +142,8 @@ def common_factors(side, tile, rank, D=4096, F=4096):
 
 @pytest.mark.parametrize(
     ("rows", "side", "tile", "rank", "found"),
-    [(8192, "right", 256, 64, {"resident"}), (8192, "right", 256, 128, {"resident"}),
-     (8192, "right", 128, 32, set()), (4095, "right", 256, 64, set()),
+    [(8192, "right", 256, 64, {"shared"}), (8192, "right", 256, 128, set()),
+     (8192, "right", 128, 16, {"shared"}), (4096, "right", 128, 8, set()), (4095, "right", 256, 64, set()),
      (8192, "left", 128, 64, {"hidden", "out"}), (8192, "left", 256, 32, {"hidden", "out"}),
      (8192, "left", 512, 64, set()), (4095, "left", 256, 64, set())],
 )  # fmt: skip

@@ -87,7 +87,11 @@ def raster(n, rows, columns: int) -> tuple[Any, Any]:
     band = n // (BAND * columns)
     inner = n - band * BAND * columns
     high = jnp.minimum(rows - band * BAND, BAND)
-    column = inner // high
+    if isinstance(rows, int):  # divisors that are known make a multiplication of a division
+        rest = rows % BAND or BAND
+        column = jnp.where(high == BAND, inner // BAND, inner // rest)
+    else:
+        column = inner // high
     return band * BAND + inner - column * high, column
 
 
@@ -204,8 +208,18 @@ def product(make: Callable[..., Plan], shape: Shape, name: str, most: int, out_t
     )  # fmt: skip
 
 
-def each_chunk(total: jax.Array, staging, dtype, copy: Callable[[Any, int], None]) -> None:
-    """`copy(chunk in shared memory, its first column)` for all columns of a tile, in turn."""
+def each_chunk(
+    total: jax.Array,
+    staging,
+    dtype,
+    copy: Callable[[Any, int], None],
+    finish: Callable[[jax.Array, int], jax.Array] = lambda part, begin: part,
+) -> None:
+    """`copy(chunk in shared memory, its first column)` for all columns of a tile, in turn.
+
+    `finish(part of the tile, its first column)` makes what is copied, where registers are too few
+    to do so for all columns at once.
+    """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's, long ago
     slots, _, width = staging.shape
     for number, begin in enumerate(range(0, total.shape[1], width)):
@@ -214,6 +228,6 @@ def each_chunk(total: jax.Array, staging, dtype, copy: Callable[[Any, int], None
             # Waiting for all but the last copies suffices: a chunk makes one copy at least, or none
             # of this tile's chunks makes any.
             plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-        chunk[...] = total[:, begin : begin + width].astype(dtype)
+        chunk[...] = finish(total[:, begin : begin + width], begin).astype(dtype)
         plgpu.commit_smem()
         copy(chunk, begin)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from sparsax.pallas.activations import ACTIVATIONS
 from sparsax.pallas.hopper import multiprocessors
 from sparsax.pallas.support import DTYPES, on_hopper, vary
-from sparsax.pallas.tsvd import fused, products, resident, split
+from sparsax.pallas.tsvd import fused, products, resident, shared, split
 
 Schedule = typing.Literal["fused", "products", "resident", "split"]
 # Rows and numbers of a matrix from which on the products are ahead of XLA; with tiles of 256, too.
@@ -89,10 +89,17 @@ def tsvd_common_is_faster(x, tiles, common, side, activation: str | None) -> boo
     if not isinstance(rows, int) or rows < MANY or tiles.size // rank * size < LARGE_COMMON:
         return False
     u, v = shapes_as_tiles(tiles, common, side)
-    schedule = best_schedule(rows, u, v)
-    kept = schedule == "resident" and rank >= LINE
-    chosen = kept if side == "right" else schedule == "products" and size <= 256
+    if side == "right":
+        chosen = stays_shared(rows, tiles, common)
+    else:
+        chosen = size <= 256 and best_schedule(rows, u, v) == "products"
     return chosen and tsvd_refusal(x, u, v, activation) is None
+
+
+def stays_shared(rows: int, tiles, common) -> bool:
+    """Whether "shared" computes the product with a common right factor: it has a GPU to fill."""
+    fills = shared.items(rows, tiles) >= RESIDENT_TILES
+    return fills and shared.Tiling.of(tiles, common) is not None
 
 
 def few_are_faster(rows: int, u, v) -> bool:
@@ -167,6 +174,23 @@ def _forward(x, u, v, bias, activation: str | None, schedule: Schedule, interpre
     run = forms[schedule].forward
     y = run(x, u, v, bias, activation=activation, interpret=interpret)
     return vary(y, (x, u, v, bias))
+
+
+def tsvd_common_forward(
+    x, tiles, common, bias, *, side: typing.Literal["left", "right"], activation: str | None,
+    interpret=None,
+):  # fmt: skip
+    """The same of tiles and their common factor."""
+    if side == "right" and stays_shared(len(x), tiles, common):
+        return _shared(x, tiles, common, bias, activation, interpret)
+    u, v = as_tiles(tiles, common, side)
+    return tsvd_forward(x, u, v, bias, activation=activation, interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _shared(x, tiles, common, bias, activation: str | None, interpret):
+    y = shared.forward(x, tiles, common, bias, activation=activation, interpret=interpret)
+    return vary(y, (x, tiles, common, bias))
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
