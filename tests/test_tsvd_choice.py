@@ -15,7 +15,7 @@ from sparsax.pallas.tsvd import best_schedule
 TILES = 256, 512, 1024
 MEASURED = json.loads((RESULTS / "tsvd_all.json").read_text())["rows"]
 # By rows: how much longer than the fastest way with the same factors None takes, in the mean.
-MOST = {1: 1.04, 16: 1.02, 512: 1.03, 4096: 1.03, 8192: 1.03}
+MOST = {1: 1.03, 16: 1.01, 64: 1.05, 512: 1.02, 4096: 1.02, 8192: 1.01}
 
 
 def chosen(row: dict, size: int) -> str:
@@ -46,9 +46,12 @@ def test_none_runs_what_was_measured_to_be_the_fastest(rows):
     assert np.mean(slower) < MOST[rows]
 
 
-@pytest.mark.parametrize("rows", [4096, 8192])
-def test_the_kernels_are_ahead_of_xla_with_many_rows(rows):
+@pytest.mark.parametrize("rows", MOST)
+def test_none_runs_no_kernel_that_was_measured_to_be_behind_xla(rows):
+    kernels = 0
     for row, size in itertools.product(MEASURED, TILES):
         found = times(row, size)
         if row["rows"] == rows and found:
-            assert found[chosen(row, size)] < 1.07 * found["xla"], (row["layer"], size)
+            kernels += (way := chosen(row, size)) != "xla"
+            assert found[way] < 1.07 * found["xla"], (row["layer"], size)
+    assert kernels >= 10
