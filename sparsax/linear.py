@@ -87,11 +87,12 @@ def tsvd_common_matmul(
     """`activation(x w + bias)` where the tiles of w share one factor.
 
     One dense matmul and one with a tiny matrix. Arguments, result and errors are those of
-    `tsvd_matmul`, whose kernels "pallas" runs, on one row or column of tiles (the features that are
-    not cut must be a multiple of 64 as well); None does so from 4,096 rows on, where nothing is
-    differentiated and it was measured to be faster. Gradients are dense matmuls, and XLA's. Take
-    the gradient of `factors.common` alone to fine-tune: the larger gradient of the tiles is then
-    not computed.
+    `tsvd_matmul`. "pallas" runs one kernel that keeps a right factor in shared memory where its
+    tiles fill the GPU, else the kernels of `tsvd_matmul` on one row or column of tiles (the
+    features that are not cut must be a multiple of 64 as well). None does so from 4,096 rows on,
+    where nothing is differentiated and it was measured to be faster. Gradients are dense matmuls,
+    and XLA's. Take the gradient of `factors.common` alone to fine-tune: the larger gradient of the
+    tiles is then not computed.
 
     Example:
         >>> import jax

@@ -3,7 +3,7 @@
     python -m tests.pallas.compile_tsvd M TILE RANK SCHEDULE [HEIGHT]
 
 Needs jax's CUDA plugin. HEIGHT is that of a single row of tiles. Forward with bias and GELU, and
-what the schedule has of the backward pass.
+what the schedule has of the backward pass; "shared" is of a common right factor.
 """
 
 import os
@@ -35,6 +35,15 @@ def main(rows: int, size: int, rank: int, schedule: str, height: int | None = No
     def step(x, u, v, bias, dy):
         y = pallas.tsvd_forward(x, u, v, bias, activation="gelu", schedule=schedule)
         return y if schedule != "products" else (y, pallas.tsvd_backward(x, u, v, dy))
+
+    def common(x, tiles, factor, bias):
+        return pallas.tsvd.shared.forward(x, tiles, factor, bias, activation="gelu")
+
+    if schedule == "shared":
+        arrays = of(rows, height), of(height, NUM_OUT, rank), of(rank, size), of(NUM_OUT * size)
+        with pallas.lowering():
+            jax.jit(common).trace(*arrays).lower().compile()
+        return
 
     num_in, height = (NUM_IN, size) if height is None else (1, height)
     with pallas.lowering():

@@ -13,6 +13,7 @@ KERNELS = {
     "fused": ["fused"],
     "products": ["dhidden", "du", "dv", "dx", "hidden", "out"],
     "resident": ["resident"],
+    "shared": ["shared"],
     "split": ["split"],
 }
 
@@ -24,7 +25,10 @@ KERNELS = {
      (16, 256, 16, "products", ()), (8192, 1024, 64, "resident", ()),
      (1000, 512, 64, "resident", ()), (8192, 256, 64, "resident", (4096,)),
      (8192, 256, 128, "resident", (4096,)), (1, 256, 128, "split", ()),
-     (16, 256, 16, "split", ()), (64, 512, 64, "split", ())],
+     (16, 256, 16, "split", ()), (64, 512, 64, "split", ()),
+     (8192, 128, 64, "shared", (4096,)), (8192, 128, 16, "shared", (4096,)),
+     (8192, 256, 64, "shared", (4096,)), (1000, 128, 128, "shared", (768,)),
+     (1000, 128, 16, "shared", (768,))],
 )  # fmt: skip
 def test_products_overlap_and_registers_do_not_spill(rows, size, rank, schedule, height):
     module, root = "tests.pallas.compile_tsvd", Path(__file__).parents[2]

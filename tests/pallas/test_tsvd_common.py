@@ -143,9 +143,10 @@ def common_factors(side, tile, rank, D=4096, F=4096):
 @pytest.mark.parametrize(
     ("rows", "side", "tile", "rank", "found"),
     [(8192, "right", 256, 64, {"shared"}), (8192, "right", 256, 128, set()),
-     (8192, "right", 128, 16, {"shared"}), (4096, "right", 128, 8, set()), (4095, "right", 256, 64, set()),
-     (8192, "left", 128, 64, {"hidden", "out"}), (8192, "left", 256, 32, {"hidden", "out"}),
-     (8192, "left", 512, 64, set()), (4095, "left", 256, 64, set())],
+     (8192, "right", 128, 16, {"shared"}), (4096, "right", 128, 8, set()),
+     (4095, "right", 256, 64, set()), (8192, "left", 128, 64, {"hidden", "out"}),
+     (8192, "left", 256, 32, {"hidden", "out"}), (8192, "left", 512, 64, set()),
+     (4095, "left", 256, 64, set())],
 )  # fmt: skip
 def test_none_runs_the_kernels_where_they_were_measured_to_be_faster(rows, side, tile, rank, found):
     factors = common_factors(side, tile, rank)

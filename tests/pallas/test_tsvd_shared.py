@@ -121,11 +121,17 @@ def test_the_tilings(rows, inner, num_out, rank, columns, wanted):
     assert tsvd.stays_shared(rows, tiles, common) == (wanted is not None)
 
 
-def test_few_tiles_are_another_kernels():
-    factors = common_factors("right", 128, 16, F=1024)  # 32 tiles of the first product
-    x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
-    found, _ = kernels(
-        lambda *a: tsvd_common_matmul(*a, implementation="pallas"), x, factors
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "inner", "features", "rank"),
+    [(4096, 4096, 1024, 16), (8192, 5120, 1280, 32)],
+    ids=["few tiles", "a sixth of the columns would be nobody's"],
+)
+def test_another_kernel_is_for_what_would_leave_much_idle(rows, inner, features, rank):
+    factors = common_factors("right", 128, rank, D=inner, F=features)
+    assert shared.Tiling.of(factors.tiles, factors.common) is not None
+    x = jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16)
+    named = lambda *a: tsvd_common_matmul(*a, implementation="pallas")
+    found, _ = kernels(named, x, factors)
+    assert found
     assert "shared" not in found
     assert kernels(tsvd_common_matmul, x, factors) == (set(), 0)

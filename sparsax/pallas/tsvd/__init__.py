@@ -15,10 +15,12 @@ from sparsax.pallas.tsvd import fused, products, resident, shared, split
 Schedule = typing.Literal["fused", "products", "resident", "split"]
 # Rows and numbers of a matrix from which on the kernels are ahead of XLA.
 MANY, LARGE = 4096, 2**20
-LARGE_COMMON = 3 * 2**19  # the same numbers where a factor is common
+LARGE_LEFT = 2**22  # the same numbers where the left factor is common
 SOME, LARGER = 512, 2**22  # the same of fewer rows, but for tiles of 256 with ranks of 32 and more
 FUSED_TILES = 32  # of its output, rows by 128, from which on the fused kernel has a GPU to fill
 RESIDENT_TILES = 128  # the same of "resident"
+SHARED_TILES = 96  # and of "shared"
+FULL = 0.9  # of the columns of the latter's tiles, at least, are the matrix'
 FEW, FEWER = 64, 16  # rows at most
 FEW_TILES, FEW_RANKS = 64, 27 * 64  # tiles, or their ranks in all, at least
 LINE = 64  # numbers of 16 bits in a line of shared memory
@@ -79,27 +81,32 @@ def tsvd_is_faster(x, u, v, activation: str | None) -> bool:
 def tsvd_common_is_faster(x, tiles, common, side, activation: str | None) -> bool:
     """The same with a common factor, from 4,096 rows on.
 
-    Of layers of GPT-2 and Llama-7B, with tiles of 128, 256 and 512 at 2x, 4x and 8x on an H200,
-    where this says yes: on the right, with ranks of 64 and more, the kernel that keeps `x u` took
-    .80 to 1.25 of XLA's time, .99 in the mean of 57 cases; on the left, with tiles up to 256, the
-    two products .77 to 1.72, 1.01 in the mean of 84. A first run with two of the layers, by which
-    this was chosen, had the kernels ahead in 21 cases of 24.
+    Of layers of GPT-2 and Llama-7B, with tiles of 128 and 256 at 2x, 4x and 8x on an H200, where
+    this says yes: on the right, the kernel whose common factor stays took .62 to 1.04 of XLA's
+    time, .79 in the mean of 49 cases; on the left, where features do not become fewer, the
+    two products .77 to 1.03, .93 in the mean of 30. Where they do these took 1.09 in the mean.
     """
     rank, size = common.shape if side == "right" else common.shape[::-1]
     rows = x.size // x.shape[-1]
-    if not isinstance(rows, int) or rows < MANY or tiles.size // rank * size < LARGE_COMMON:
+    if not isinstance(rows, int) or rows < MANY:
         return False
     u, v = shapes_as_tiles(tiles, common, side)
     if side == "right":
         chosen = stays_shared(rows, tiles, common)
     else:
-        chosen = size <= 256 and best_schedule(rows, u, v) == "products"
+        whole = tiles.shape[2] >= x.shape[-1] and tiles.size // rank * size >= LARGE_LEFT
+        chosen = whole and size <= 256 and best_schedule(rows, u, v) == "products"
     return chosen and tsvd_refusal(x, u, v, activation) is None
 
 
 def stays_shared(rows: int, tiles, common) -> bool:
-    """Whether "shared" computes the product with a common right factor: it has a GPU to fill."""
-    fills = shared.items(rows, tiles) >= RESIDENT_TILES
+    """Whether "shared" computes the product with a common right factor.
+
+    It does where its tiles fill the GPU and little of the last ones lies beyond the matrix.
+    """
+    _, num_out, rank = tiles.shape
+    own, whole = num_out * rank, -(-num_out * rank // shared.WIDTH) * shared.WIDTH
+    fills = shared.items(rows, tiles) >= SHARED_TILES and own >= FULL * whole
     return fills and shared.Tiling.of(tiles, common) is not None
 
 

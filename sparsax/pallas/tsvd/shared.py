@@ -36,8 +36,7 @@ from sparsax.pallas.hopper import (
 from sparsax.pallas.tsvd.fused import lined
 
 # Columns of a tile of the first product: its sums, the tile before it, rounded, and a panel of y
-# have registers together. 256 columns, whose panels leave beside nothing, were .85 to 1.05 times as
-# fast.
+# have registers together. Of 256 columns panels would leave beside nothing: that was no faster.
 WIDTH = 128
 
 
@@ -46,9 +45,9 @@ class Tiling:
     """How a thread block goes about it.
 
     `panel` columns of y leave at once: a line of shared memory, or two where steps are too few.
-    Slots are worth more than other uses of shared memory: five were up to 1.3 times as fast as
-    four, six up to 1.1 times as five. That is why no second step is in flight, y is staged in one
-    line, and thread blocks share no copies, which would have to wait for each other.
+    Slots are worth more than what else shared memory is for: with four instead of six the kernel
+    was slower than XLA. That is why no second step is in flight, which would keep a slot longer, y
+    is staged in one line, and thread blocks share no copies: they would wait for each other.
     """
 
     panel: int
@@ -223,7 +222,8 @@ def _kernel(x, tiles, common, has_bias: bool, activation, tiling: Tiling, interp
             go = lambda r, last: (place(r), parts(total_beside(r, last)))
             first = cores.sum_beside((WG_ROWS, WIDTH), steps, operands, ring.release, lambda: None)
             last = lax.fori_loop(1, rounds, go, (place(jnp.int32(0)), parts(first)))
-            each_panel(last[1], lambda *panel: leave(last[0], *panel, lambda: None, 0))
+            alone = lambda tile, side, p: leave(last[0], tile, side, p, lambda: None, 0)
+            each_panel(last[1], alone)
             plgpu.wait_smem_to_gmem(0)
 
     lines = lambda *sizes: tiled(sizes, x.dtype, CHUNK, 2 * CHUNK)
