@@ -48,8 +48,8 @@ def tsvd_matmul(
             `x u` where that reads less, or one for few rows; bfloat16 or float16, tiles in
             multiples of 64, ranks in multiples of 16, see `TiledFactors.pad_rank`). None is
             "pallas" where the kernels can run, are not differentiated, and were measured to be
-            faster (docs/tsvd.md): from 4,096 rows on, or 512 with ranks of 64 and more, and with
-            up to 16 rows that `jax.vmap` does not batch, but for small matrices; else "xla": with
+            faster (docs/tsvd.md): from 4,096 rows on, or 512 with large matrices, and with up to
+            64 rows that `jax.vmap` does not batch, but for small matrices; else "xla": with
             gradients neither is always the faster one, and values of both differ by rounding.
             Kernels are not partitioned by themselves: where rows are sharded over devices, call
             this inside `jax.shard_map`, or name "xla". A name runs or raises.

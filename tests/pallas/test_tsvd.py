@@ -116,7 +116,7 @@ def test_the_kernel_for_few_rows_matches_the_reference(c):
 @pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("implementation", [None, "pallas"])
 def test_few_rows_are_chosen_and_match_the_reference(implementation, monkeypatch):
-    monkeypatch.setattr(tsvd, "FEW_RANKS", 64)
+    monkeypatch.setattr(tsvd.choice, "FEW_RANKS", 64)
     x, factors, bias, _ = Case(name="chosen", M=(3,), D=256, F=500, tile=256, rank=32,
                                dtype="bfloat16").inputs()  # fmt: skip
     run = lambda x: tsvd_matmul(x, factors, bias, "gelu", implementation=implementation)
