@@ -146,20 +146,25 @@ def speed(rows: list[dict], times: str) -> str:
     return table([*head, "fastest"], cells)
 
 
-def speed_picture(rows: list[dict]) -> Figure:
+def speed_picture(rows: list[dict], common_rows: list[dict]) -> Figure:
     """How many times as fast as dense over rows, for each layer, at 4x.
 
-    Layers in a chain and single calls are lines of their own.
+    Layers in a chain and single calls are lines of their own. `common_rows` are those of the run
+    that has the kernel whose common factor stays, beside a dense time of its own.
     """
-    rows = [r for r in rows if r["ratio"] == 4]
+    rows, common_rows = ([r for r in x if r["ratio"] == 4] for x in (rows, common_rows))
     layers = [name for name in PICTURED if any(row["layer"] == name for row in rows)]
     figure = Figure(figsize=(4.2 * len(layers) + 1.6, 4), layout="constrained")
     axes = figure.subplots(1, len(layers), squeeze=False)[0]
     for layer, axis in zip(layers, axes, strict=True):
-        mine = sorted((r for r in rows if r["layer"] == layer), key=lambda r: r["rows"])
+        of_layer = lambda rows, layer=layer: sorted(
+            (r for r in rows if r["layer"] == layer), key=lambda r: r["rows"]
+        )
+        mine = of_layer(rows)
         for i, kind in enumerate(KINDS):
+            own = of_layer(common_rows) if kind == "common-shared" else mine
             for few in (True, False):
-                points = [(r["rows"], best(r, kind)) for r in mine if (r["rows"] <= CHAINED) == few]
+                points = [(r["rows"], best(r, kind)) for r in own if (r["rows"] <= CHAINED) == few]
                 points = [point for point in points if point[1] is not None]
                 if points:
                     axis.plot(*zip(*points, strict=True), "o-", color=f"C{i}")
@@ -218,7 +223,9 @@ def one_layer(docs: Path) -> list[str]:
     else:
         rows = sorted(new["rows"], key=lambda row: (row["layer"], row["rows"], row["ratio"]))
         detailed = [row for row in rows if row["layer"] in DETAILED]
-        speed_picture(rows).savefig(docs / "tsvd_gpu.png", dpi=120)
+        speed_picture(rows, shared["rows"] if shared else []).savefig(
+            docs / "tsvd_gpu.png", dpi=120
+        )
         text += [f"### {new['device']}, every layer, forward", origin("tsvd_all", new), ALL,
                  "![Speed over rows at 4x on an H200](tsvd_gpu.png)", grid(rows),
                  f"### {new['device']}, two layers, every way", speed(detailed, "ms"),
