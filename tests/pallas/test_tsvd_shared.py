@@ -11,7 +11,7 @@ import pytest
 from sparsax import pallas, tsvd_common_matmul
 from sparsax.pallas import tsvd
 from sparsax.pallas.tsvd import shared
-from tests.helpers import launched
+from tests.helpers import TOLERANCES, assert_near, launched
 from tests.pallas.test_tsvd_common import common_factors, forward_is_near
 from tests.test_linear import Case, matches_the_reference, value_and_gradients
 
@@ -25,6 +25,8 @@ CASES = (
          dtype="float16"),
     Case(name="panels_are_tiles", side="right", M=(130,), D=256, F=256, tile=64, rank=64,
          dtype="float16", activation="silu", bias=False),
+    Case(name="five_slots", side="right", M=(150,), D=512, F=768, tile=256, rank=64,
+         dtype="bfloat16", activation="gelu"),
     Case(name="one_tile", side="right", M=(9,), D=320, F=256, tile=128, rank=128,
          dtype="bfloat16"),
 )  # fmt: skip
@@ -65,6 +67,19 @@ def test_a_product_is_one_kernel(c):
     x, factors, bias, _ = c.inputs()
     run = lambda *a: tsvd_common_matmul(*a, c.activation, implementation="pallas")
     assert kernels(run, x, factors, bias) == ({"shared"}, 1)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_batch_of_inputs_is_the_same():
+    x, factors, bias, _ = CASES[3].inputs()
+    run = lambda x: tsvd_common_matmul(x, factors, bias, implementation="pallas")
+    batch = jnp.stack([x, 2 * x])
+    with pallas.interpreted():
+        both = jax.jit(jax.vmap(run))(batch)
+        in_turn = jax.jit(lambda batch: jax.lax.map(run, batch))(batch)
+    want = tsvd_common_matmul(batch, factors, bias, implementation="reference")
+    assert_near(both, want, TOLERANCES["float16"].output, "y")
+    np.testing.assert_array_equal(both, in_turn)
 
 
 @BY_NAME

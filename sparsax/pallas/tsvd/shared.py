@@ -36,7 +36,8 @@ from sparsax.pallas.hopper import (
 from sparsax.pallas.tsvd.fused import lined
 
 # Columns of a tile of the first product: its sums, the tile before it, rounded, and a panel of y
-# have registers together. Of 256 columns panels would leave beside nothing: that was no faster.
+# have registers together. Of 256 columns panels would leave beside nothing: no faster in a single
+# run, of which no result is kept.
 WIDTH = 128
 
 
@@ -45,9 +46,9 @@ class Tiling:
     """How a thread block goes about it.
 
     `panel` columns of y leave at once: a line of shared memory, or two where steps are too few.
-    Slots are worth more than what else shared memory is for: with four instead of six the kernel
-    was slower than XLA. That is why no second step is in flight, which would keep a slot longer, y
-    is staged in one line, and thread blocks share no copies: they would wait for each other.
+    Slots are worth more than what else shared memory is for, in single runs: that is why no second
+    step is in flight, which would keep a slot longer, y is staged in one line, and thread blocks
+    share no copies: they would wait for each other.
     """
 
     panel: int
@@ -59,7 +60,9 @@ class Tiling:
         (inner, num_out, rank), columns = tiles.shape, common.shape[1]
         if rank % 16 or WIDTH % rank or num_out * rank < WIDTH or num_out * rank % DEPTH:
             return None
-        steps = -(-inner // DEPTH)
+        if inner % DEPTH:
+            return None
+        steps = inner // DEPTH
         enough = lambda panel: columns % panel == 0 and steps >= WIDTH // rank * columns // panel
         tilings = (
             Tiling(panel, n) for panel in (CHUNK, 2 * CHUNK) if enough(panel) for n in (6, 5)
@@ -92,7 +95,7 @@ def _kernel(x, tiles, common, has_bias: bool, activation, tiling: Tiling, interp
     (inner, num_out, rank), columns, rows = tiles.shape, common.shape[1], len(x)
     panel, stages = tiling.panel, tiling.stages
     cores = TensorCores(interpret is not None)
-    steps, sides = -(-inner // DEPTH), columns // panel
+    steps, sides = inner // DEPTH, columns // panel
     many = WIDTH // rank  # tiles of w that a tile of the first product belongs to
     panels = many * sides  # of y, that it makes
     high, wide = -(-rows // ROWS), -(-num_out // many)
