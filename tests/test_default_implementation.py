@@ -77,7 +77,7 @@ def test_it_follows_from_shapes_under_jit():
 @pytest.mark.parametrize("hopper", [False, True])
 @pytest.mark.parametrize(
     ("rows", "tiles", "size", "faster"),
-    [(4095, 1, 64, False), (4096, 1, 64, True), (16, 8, 256, True), (17, 8, 256, False)],
+    [(511, 4, 256, False), (4096, 4, 256, True), (64, 8, 256, True), (65, 8, 256, False)],
 )
 def test_it_names_what_none_runs_for_factors(rows, tiles, size, faster, hopper):
     of = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
