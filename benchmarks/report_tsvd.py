@@ -32,16 +32,15 @@ from tsvd_aims import (
 from tsvd_pictures import error_picture, speed_picture
 
 ALL = (
-    "All ways were timed one after another, few rows in a run of their own. A gain is over "
-    "the median of the three dense times of its line; ways are at their best tile, see the "
-    "next tables. Tiles of 512 and 1,024 divide none of GPT-2 small's and large's layers nor "
-    "of Llama's up and down, where TSVD has 256 alone; TSVD-common, with tiles of 128 and one "
+    "All ways were timed one after another, few rows in a run of their own. A gain is over the "
+    "median of the three dense times of its line; ways are at their best tile, see the next "
+    "tables. Tiles of 512 and 1,024 divide none of GPT-2 small's and large's layers nor of "
+    "Llama's up and down, where TSVD has 256 alone; TSVD-common, with tiles of 128 and one "
     "factor for all of them, is ahead of it there with 4,096 rows and more but in two of 42 "
     "cases, here still without the kernel whose common factor stays, which has a table of its "
-    "own. Several "
-    "processes compiled at once on the same GPU, where XLA tries algorithms: a few of its "
-    "times are those of a bad choice (tiles of 256 of gpt2-l up at 2x took 7 times as long as "
-    "dense)."
+    "own. Several processes compiled at once on the same GPU, where XLA tries algorithms: a few "
+    "of its times are those of a bad choice (tiles of 256 of gpt2-l up at 2x took 7 times as "
+    "long as dense)."
 )
 CHOICE = (
     "With tiles of 256 and ranks of 32 and 64 the kernel for few rows is ahead of XLA's in every "
@@ -93,9 +92,8 @@ SMALL_TILES = (
     "times as fast as XLA's, and .96, 1.41 and 1.54 times as the dense model's, at 2x on the "
     "fused kernel, where None runs the two products since. By the profiler, which tells the 16 "
     "longest kernels of a pass, TSVD's take 6.8, 4.3 and 3.5 ms of it, attention 1.4. XLA's "
-    "products take 7.7, 5.4 and 4.1, its transposes and conversions 6.1, 4.3 and 3.8, of which .7 "
-    "is left beside TSVD's kernels. An earlier run with attention's square layers through XLA "
-    "gained nothing at 4x and 8x."
+    "products take 7.7, 5.4 and 4.1, its transposes and conversions 6.1, 4.3 and 3.8, of which "
+    ".7 is left beside TSVD's kernels."
 )
 
 

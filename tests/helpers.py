@@ -212,6 +212,11 @@ def assert_gradients_near(got: nnx.State, want: nnx.State, tolerance: float) -> 
         assert_near(a, b, tolerance, name)
 
 
+def tsvd_kernels(text: str) -> set[str]:
+    """The names of the kernels of factored matrices in a lowered program."""
+    return set(re.findall(r"tsvd_(\w+?)_mosaic_gpu", text))
+
+
 def launched(text: str) -> int:
     """Kernels that a lowered program launches; those in the body of a loop count once.
 

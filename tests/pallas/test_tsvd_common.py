@@ -1,7 +1,6 @@
 """The kernels of tiles that share a factor against the float32 reference, interpreted, on a GPU."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 from sparsax import CommonFactors, pallas, tsvd_common_matmul
 from sparsax.pallas import tsvd
 from sparsax.pallas.tsvd import resident
-from tests.helpers import TOLERANCES, assert_near
+from tests.helpers import TOLERANCES, assert_near, tsvd_kernels
 from tests.test_linear import Case, matches_the_reference, value_and_gradients
 
 OWN = (
@@ -155,7 +154,7 @@ def test_none_runs_the_kernels_where_they_were_measured_to_be_faster(rows, side,
     for run, wanted in ((tsvd_common_matmul, found), (jax.grad(squares, (0, 1)), set())):
         with pallas.lowering():
             text = jax.jit(run).trace(x, factors).lower(lowering_platforms=("cuda",)).as_text()
-        assert set(re.findall(r"tsvd_(\w+?)_mosaic_gpu", text)) == wanted
+        assert tsvd_kernels(text) == wanted
 
 
 @pytest.mark.gpu

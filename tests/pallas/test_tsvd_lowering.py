@@ -1,7 +1,6 @@
 """The kernels of tiled factors lower for CUDA without a GPU, and which of them is chosen where."""
 
 import itertools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +10,12 @@ import pytest
 from sparsax import TiledFactors, pallas, tsvd_matmul
 from sparsax.pallas import tsvd
 from sparsax.pallas.tsvd import products, resident
-from tests.helpers import launched
+from tests.helpers import launched, tsvd_kernels
 from tests.pallas.cases import cells
 from tests.pallas.test_tsvd import CASES
 
 BACKWARD = {"hidden", "dhidden", "dx", "du", "dv"}
 FORWARD = {"fused": {"fused"}, "products": {"hidden", "out"}}
-
-
-def kernels(text):
-    """The names of the kernels in a lowered program."""
-    return set(re.findall(r"tsvd_(\w+?)_mosaic_gpu", text))
 
 
 FITS = list(itertools.product((64, 192, 256, 512), (16, 32, 96, 128), ("bfloat16", "float16")))
@@ -53,14 +47,14 @@ def test_the_kernels_lower_forward_and_backward(size, rank, dtype):
     text = lower(size, rank, dtype)
     # Two forward; x u again, its gradient, dx, du and dv.
     assert launched(text) == 7
-    assert kernels(text) == FORWARD["products"] | BACKWARD
+    assert tsvd_kernels(text) == FORWARD["products"] | BACKWARD
 
 
 @pytest.mark.parametrize(("size", "rank"), list(itertools.product((64, 256), (64, 128))))
 def test_the_fused_kernel_lowers(size, rank):
     text = lower(size, rank, "bfloat16", rows=8192, num_out=9)
     assert launched(text) == 6
-    assert kernels(text) == FORWARD["fused"] | BACKWARD
+    assert tsvd_kernels(text) == FORWARD["fused"] | BACKWARD
 
 
 @pytest.mark.parametrize(("size", "rank"), [(128, 64), (128, 128), (192, 64), (1024, 64)])
@@ -70,7 +64,7 @@ def test_the_kernel_that_keeps_products_lowers(size, rank):
     with pallas.lowering():
         arrays = of(300, 2 * size), of(2, size, 4, rank), of(4, 2, rank, size), of(4 * size)
         text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    assert kernels(text) == {"resident"}
+    assert tsvd_kernels(text) == {"resident"}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +92,7 @@ def test_the_kernel_for_few_rows_lowers(size, rank):
     with pallas.lowering():
         traced = run.trace(of(3, 5 * size), of(5, size, 7, rank), of(7, 5, rank, size))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert kernels(text) == {"split"}
+    assert tsvd_kernels(text) == {"split"}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +112,7 @@ def test_none_runs_the_kernels_where_they_are_faster(rows, rank, gradient, found
     with pallas.lowering():
         traced = jax.jit(jax.grad(run) if gradient else run).trace(of(rows, 1024), factors)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert bool(kernels(text)) == found
+    assert bool(tsvd_kernels(text)) == found
 
 
 # Rows, tile, rank, columns of tiles; the kernels that run forward.
@@ -144,7 +138,7 @@ def test_none_runs_the_kernel_for_some_rows_where_it_is_faster(rows, size, rank,
     def lowered(run, *arrays):
         with pallas.lowering():
             traced = jax.jit(run).trace(*arrays)
-            return kernels(traced.lower(lowering_platforms=("cuda",)).as_text())
+            return tsvd_kernels(traced.lower(lowering_platforms=("cuda",)).as_text())
 
     assert lowered(tsvd_matmul, x, factors) == found
     named = lambda *a: tsvd_matmul(*a, implementation="pallas")
@@ -164,7 +158,7 @@ def test_activations_lower_in_the_epilogue(activation, tsvd_schedule):
         run = jax.jit(lambda *a: tsvd_matmul(*a, activation, implementation="pallas"))
         text = run.trace(x, factors, bias).lower(lowering_platforms=("cuda",)).as_text()
     assert launched(text) == len(FORWARD[tsvd_schedule])
-    assert kernels(text) == FORWARD[tsvd_schedule]
+    assert tsvd_kernels(text) == FORWARD[tsvd_schedule]
     assert not any(
         name in text for name in ("stablehlo.tanh", "stablehlo.logistic", "stablehlo.maximum")
     )
@@ -195,7 +189,7 @@ def test_few_rows_lower_sharded():
     run = jax.shard_map(tsvd_matmul, mesh=mesh, in_specs=(spec, none), out_specs=spec)
     with pallas.lowering():
         text = jax.jit(run).trace(of(8, 2048), factors).lower(lowering_platforms=("cuda",))
-    assert kernels(text.as_text()) == {"split"}
+    assert tsvd_kernels(text.as_text()) == {"split"}
 
 
 @pytest.mark.parametrize("model", [over_layers, sharded, over_factors])
@@ -206,7 +200,7 @@ def test_gradients_lower_within_transformations(model, tsvd_schedule):
     with pallas.lowering():
         step = jax.jit(jax.grad(loss, (0, 1))).trace(of(512, 256), factors)
         text = step.lower(lowering_platforms=("cuda",)).as_text()
-    assert kernels(text) == FORWARD[tsvd_schedule] | BACKWARD
+    assert tsvd_kernels(text) == FORWARD[tsvd_schedule] | BACKWARD
 
 
 @pytest.mark.parametrize(
